@@ -1,0 +1,60 @@
+"""Make trained models small: one :class:`Quantizer` over llama.cpp, llm-compressor, coremltools and native methods.
+
+The public names load on first use (PEP 562), so ``import qwodel`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwodel.exceptions import (
+        BackendNotFoundError,
+        CalibrationError,
+        Cancelled,
+        ConfigurationError,
+        ConversionError,
+        DependencyError,
+        FormatNotSupportedError,
+        IntegrityError,
+        QuantizationError,
+        ResourceError,
+        ValidationError,
+    )
+    from qwodel.quantizer import Quantizer, quantize
+
+__all__ = [
+    "BackendNotFoundError",
+    "CalibrationError",
+    "Cancelled",
+    "ConfigurationError",
+    "ConversionError",
+    "DependencyError",
+    "FormatNotSupportedError",
+    "IntegrityError",
+    "QuantizationError",
+    "Quantizer",
+    "ResourceError",
+    "ValidationError",
+    "__version__",
+    "quantize",
+]
+
+__version__ = "0.1.0"
+
+_HOME = {name: "qwodel.exceptions" for name in __all__ if name.endswith("Error") or name == "Cancelled"}
+_HOME |= {"Quantizer": "qwodel.quantizer", "quantize": "qwodel.quantizer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qwodel' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
