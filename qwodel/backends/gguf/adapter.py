@@ -15,7 +15,13 @@ from qwodel.backends.gguf.calibrate import importance_matrix
 from qwodel.backends.gguf.formats import file_type, format_specs
 from qwodel.backends.gguf.options import GGUFOptions
 from qwodel.backends.gguf.toolchain import converter, lock
-from qwodel.backends.gguf.verify import check_metadata, check_tensors, check_tokenizer, measure
+from qwodel.backends.gguf.verify import (
+    check_metadata,
+    check_tensors,
+    check_tokenization,
+    check_tokenizer,
+    measure,
+)
 from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityError, ValidationError
 from qwodel.gguf_header import GGUFHeader, read_gguf_header
 from qwodel.output import require_space
@@ -87,7 +93,8 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         matrix = importance_matrix(job, origin[0], headers)
         fallbacks, loaded = steps.quantize(job, origin[0], headers, matrix.path if matrix else None)
         self._verify(job, headers, loaded)
-        job.report |= {"fallbacks": fallbacks, "loaded": loaded}
+        shown = {key: value for key, value in loaded.items() if not key.startswith("probe_")}
+        job.report |= {"fallbacks": fallbacks, "loaded": shown}
         if matrix:
             job.report["importance_matrix"] = matrix.report()
         if fallbacks:
@@ -115,7 +122,10 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         tokenizer: Mapping[str, Any] = {}
         dropped: list[str] = []
         if job.source.input_format != "gguf":
-            tokenizer = check_tokenizer(job.source.path, output)
+            tokenizer = {
+                **check_tokenizer(job.source.path, output),
+                "tokenization": check_tokenization(job.source.path, loaded),
+            }
             dropped = dropped_tensors(job.source, headers[0])
         if dropped:
             self.log.warning(

@@ -19,7 +19,7 @@ from llama_cpp import llama_cpp as lib
 from llama_cpp._ggml import libggml
 
 from qwodel.backends.gguf.imatrix import ImatrixEntry, ImportanceMatrix, write_imatrix
-from qwodel.backends.gguf.llama import forward_log
+from qwodel.backends.gguf.llama import forward_log, tokenize
 
 __all__ = ["collect"]
 
@@ -168,7 +168,7 @@ def collect(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         raise RuntimeError(
             f"llama.cpp cannot make a context of {length} tokens: {errors[-1] if errors else ''}"
         )
-    tokens = _tokenize(model, Path(request["text"]).read_bytes())
+    tokens = tokenize(lib.llama_model_get_vocab(model), Path(request["text"]).read_bytes(), special=True)
     chunks = min(len(tokens) // length, request["num_samples"] or len(tokens))
     if chunks == 0:
         raise ValueError(f"the calibration text has {len(tokens)} tokens, and one sample needs {length}")
@@ -192,14 +192,6 @@ def _context_params(length: int, threads: int, callback: Any) -> Any:
     params.n_threads = params.n_threads_batch = threads
     params.cb_eval = callback
     return params
-
-
-def _tokenize(model: Any, text: bytes) -> list[int]:
-    vocab = lib.llama_model_get_vocab(model)
-    needed = -lib.llama_tokenize(vocab, text, len(text), None, 0, True, False)
-    buffer = (lib.llama_token * needed)()
-    count = lib.llama_tokenize(vocab, text, len(text), buffer, needed, True, False)
-    return list(buffer[:count])
 
 
 def _chunks(model: Any, tokens: list[int], length: int, count: int) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from llama_cpp import llama_cpp as lib
 
 from qwodel.backends.gguf.imatrix import ImportanceMatrix, read_imatrix
 
-__all__ = ["forward_log", "ggml_type_number", "load_model", "quantize_and_load"]
+__all__ = ["forward_log", "ggml_type_number", "load_model", "quantize_and_load", "tokenize"]
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -41,7 +41,7 @@ def quantize_and_load(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
     Request keys: ``source``, ``target``, ``ftype``, ``nthread``, ``allow_requantize``,
     ``pure``, ``output_tensor_type``, ``token_embedding_type``, ``tensor_types`` (pairs),
-    ``imatrix`` (a file, or ``None``).
+    ``imatrix`` (a file, or ``None``), ``probe`` (text to tokenize with the result).
     """
     errors: list[str] = []
     source, target = request["source"].encode(), request["target"].encode()
@@ -51,8 +51,7 @@ def quantize_and_load(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     lib.llama_backend_init()
     if lib.llama_model_quantize(source, target, ctypes.byref(params)) != 0:
         raise _explained(errors, Path(request["target"]))
-    emit({"phase": "load"})
-    return load_model(request["target"], errors)
+    return load_model(request["target"], request["probe"], errors)
 
 
 def _parameters(request: Mapping[str, Any]) -> Any:
@@ -150,8 +149,11 @@ def _explained(errors: list[str], target: Path) -> Exception:
     return RuntimeError(cause)
 
 
-def load_model(path: str, errors: list[str]) -> dict[str, Any]:
-    """Load the model at ``path`` and return what llama.cpp makes of it.
+def load_model(path: str, probe: str, errors: list[str]) -> dict[str, Any]:
+    """Load the model at ``path``, tokenize ``probe``, and return what llama.cpp makes of both.
+
+    A vocabulary that does not fit its tokenizer model makes llama.cpp abort on the
+    first unusual byte; here that happens before anything is published.
 
     Raises:
         RuntimeError: llama.cpp cannot load it; the message is its own.
@@ -168,6 +170,7 @@ def load_model(path: str, errors: list[str]) -> dict[str, Any]:
     description = ctypes.create_string_buffer(128)
     lib.llama_model_desc(model, description, 128)
     template = lib.llama_model_chat_template(model, None)
+    tokens = tokenize(vocab, probe.encode(), special=False)
     facts = {
         "description": description.value.decode(),
         "parameters": int(lib.llama_model_n_params(model)),
@@ -176,6 +179,27 @@ def load_model(path: str, errors: list[str]) -> dict[str, Any]:
         "eos": int(lib.llama_vocab_eos(vocab)),
         "context_length": int(lib.llama_model_n_ctx_train(model)),
         "chat_template": template is not None,
+        "probe_tokens": tokens,
+        "probe_text": _detokenize(vocab, tokens),
     }
     lib.llama_model_free(model)
     return facts
+
+
+def tokenize(vocab: Any, text: bytes, *, special: bool) -> list[int]:
+    """Tokenize UTF-8 ``text``; ``special`` adds the model's own BOS and EOS. Empty without a vocabulary."""
+    if lib.llama_vocab_type(vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
+        return []
+    needed = -lib.llama_tokenize(vocab, text, len(text), None, 0, special, False)
+    buffer = (lib.llama_token * max(needed, 1))()
+    count = lib.llama_tokenize(vocab, text, len(text), buffer, needed, special, False)
+    return list(buffer[:count])
+
+
+def _detokenize(vocab: Any, tokens: list[int]) -> str:
+    array, buffer = (
+        (lib.llama_token * max(len(tokens), 1))(*tokens),
+        ctypes.create_string_buffer(16 * len(tokens) + 64),
+    )
+    length = lib.llama_detokenize(vocab, array, len(tokens), buffer, len(buffer), False, False)
+    return buffer.raw[: max(length, 0)].decode("utf-8", "replace")

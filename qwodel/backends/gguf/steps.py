@@ -13,6 +13,7 @@ from qwodel.backends.gguf.formats import file_type
 from qwodel.backends.gguf.native import NativeFailure, run_worker
 from qwodel.backends.gguf.options import GGUFOptions
 from qwodel.backends.gguf.toolchain import converter
+from qwodel.backends.gguf.verify import PROBE
 from qwodel.exceptions import CalibrationError, ConversionError, QuantizationError, ValidationError
 from qwodel.gguf_header import GGUFHeader
 from qwodel.hardware import cpu_count
@@ -130,6 +131,7 @@ def quantize(
         "token_embedding_type": options.token_embedding_type,
         "tensor_types": list(options.tensor_types.items()),
         "imatrix": str(imatrix) if imatrix else None,
+        "probe": PROBE,
     }
     try:
         loaded = run_worker("quantize", request, on_event=tracker.on_event, on_heartbeat=tracker.heart.beat)

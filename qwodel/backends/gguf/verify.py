@@ -21,7 +21,19 @@ import numpy.typing as npt
 from qwodel.exceptions import IntegrityError
 from qwodel.gguf_header import GGML_TYPES, GGUFArray, GGUFHeader, GGUFTensor
 
-__all__ = ["check_metadata", "check_tensors", "check_tokenizer", "decode_rows", "measure", "sqnr_db"]
+__all__ = [
+    "PROBE",
+    "check_metadata",
+    "check_tensors",
+    "check_tokenization",
+    "check_tokenizer",
+    "decode_rows",
+    "measure",
+    "sqnr_db",
+]
+
+PROBE = "The quick brown fox jumps over 13 lazy dogs.\nCafé, naïve, 你好 🙂 — don't!"
+"""Text with digits, a line break, accents, CJK, an emoji and a contraction: where tokenizers differ."""
 
 _ROWS = 8
 _FREE_KEYS = ("general.quantization_version", "general.file_type", "split.", "quantize.imatrix.")
@@ -55,6 +67,31 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, float) and isinstance(second, float):
         return first == second or (math.isnan(first) and math.isnan(second))
     return bool(first == second)
+
+
+def check_tokenization(folder: Path, loaded: Mapping[str, Any]) -> str:
+    """Compare llama.cpp's tokens of :data:`PROBE` with those of ``tokenizer.json``.
+
+    Returns:
+        ``"identical"``, ``"text survives"`` (other tokens, same text), or ``"not compared"``.
+
+    Raises:
+        IntegrityError: llama.cpp gives other tokens, and they do not spell the text.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return "not compared"
+    from tokenizers import Tokenizer
+
+    expected = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
+    if loaded["probe_tokens"] == expected:
+        return "identical"
+    if loaded["probe_text"].strip() == PROBE:
+        return "text survives"
+    raise IntegrityError(
+        f"llama.cpp tokenizes otherwise than tokenizer.json: {loaded['probe_text']!r} for {PROBE!r}",
+        hint="the converter took the tokenizer for another kind; compare tokenizer_config.json with the original's",
+    )
 
 
 def check_tokenizer(folder: Path, output: GGUFHeader) -> dict[str, Any]:
