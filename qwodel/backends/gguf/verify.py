@@ -70,7 +70,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokenization(folder: Path, loaded: Mapping[str, Any]) -> str:
-    """Compare llama.cpp's tokens of :data:`PROBE` with those of ``tokenizer.json``.
+    """Compare llama.cpp's tokens of :data:`PROBE` with those of the source's tokenizer.
 
     Returns:
         ``"identical"``, ``"text survives"`` (other tokens, same text), or ``"not compared"``.
@@ -78,20 +78,31 @@ def check_tokenization(folder: Path, loaded: Mapping[str, Any]) -> str:
     Raises:
         IntegrityError: llama.cpp gives other tokens, and they do not spell the text.
     """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    expected = _reference_tokens(folder)
+    if expected is None:
         return "not compared"
-    from tokenizers import Tokenizer
-
-    expected = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
     if loaded["probe_tokens"] == expected:
         return "identical"
     if loaded["probe_text"].strip() == PROBE:
         return "text survives"
     raise IntegrityError(
-        f"llama.cpp tokenizes otherwise than tokenizer.json: {loaded['probe_text']!r} for {PROBE!r}",
+        f"llama.cpp tokenizes otherwise than the source's tokenizer: {loaded['probe_text']!r} for {PROBE!r}",
         hint="the converter took the tokenizer for another kind; compare tokenizer_config.json with the original's",
     )
+
+
+def _reference_tokens(folder: Path) -> list[int] | None:
+    """Tokenize :data:`PROBE` with the library the source's tokenizer was made for."""
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        encoding = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROBE, add_special_tokens=False)
+        return list(encoding.ids)
+    if (folder / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        return list(SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(PROBE))
+    return None
 
 
 def check_tokenizer(folder: Path, output: GGUFHeader) -> dict[str, Any]:
