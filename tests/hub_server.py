@@ -24,6 +24,7 @@ class Hub:
         self.token = "hf_secret"
         self.requests: list[tuple[str, str, str]] = []
         self.cut_after: int | None = None
+        self.dead: set[str] = set()
         self.url = ""
 
 
@@ -118,9 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
-        if self.hub.cut_after is not None and len(data) > self.hub.cut_after:
-            # The line goes dead in the middle of a large file.
-            self.wfile.write(data[: self.hub.cut_after])
+        limit = 0 if name in self.hub.dead else self.hub.cut_after
+        if limit is not None and len(data) > limit:
+            # The line goes dead in the middle of the file.
+            self.wfile.write(data[:limit])
             self.wfile.flush()
             self.close_connection = True
             self.connection.close()
