@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -44,9 +45,10 @@ _SAMPLE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one path: wall seconds, peak bytes in memory and on disk, digest of its output."""
+    """One run of one path: wall and CPU seconds, peak bytes in memory and on disk, digest of its output."""
 
     seconds: float
+    cpu: float
     memory: int
     anonymous: int
     disk: int
@@ -103,11 +105,17 @@ def _measure(path: Callable[[Path, str, Path], Path], model: Path, format_name: 
         folder = Path(text)
         os.sync()
         with _Sampler(folder) as sampler:
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), _children_cpu()
             output = path(model, format_name, folder)
-            seconds = time.perf_counter() - started
+            seconds, cpu = time.perf_counter() - started, _children_cpu() - busy
         digest = hashlib.sha256(output.read_bytes()).hexdigest()
-    return Run(seconds, sampler.memory, sampler.anonymous, sampler.disk, digest)
+    return Run(seconds, cpu, sampler.memory, sampler.anonymous, sampler.disk, digest)
+
+
+def _children_cpu() -> float:
+    """Return the CPU seconds of all descendants that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 class _Sampler(threading.Thread):
@@ -156,6 +164,7 @@ def _print_table(model: str, format_name: str, ours: list[Run], by_hand: list[Ru
     print(f"{'':<28}{'qwodel':>10}{'by hand':>10}{'ratio':>8}")
     rows: list[tuple[str, str, float, float]] = [
         ("wall, best (s)", ".2f", min(r.seconds for r in ours), min(r.seconds for r in by_hand)),
+        ("CPU, best (s)", ".2f", min(r.cpu for r in ours), min(r.cpu for r in by_hand)),
         ("peak memory (MB)", ".0f", max(r.memory for r in ours) / 1e6, max(r.memory for r in by_hand) / 1e6),
         (
             "  of it not file-backed (MB)",
