@@ -170,5 +170,14 @@ def test_a_disk_too_small_is_refused_before_the_download(hub: Hub, monkeypatch: 
     assert not any(path.endswith("model.safetensors") for _, path, _ in hub.requests)
 
 
+def test_a_raising_callback_cancels_the_download(hub: Hub) -> None:
+    def stop(percent: int, stage: str, message: str) -> None:
+        if "downloading" in message:
+            raise RuntimeError("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        HubModel("owner/tiny").fetch(Progress(stop, {"resolve": 1}))
+
+
 def test_the_token_is_in_no_representation() -> None:
     assert "hf_" not in repr(HubModel("a/b", token="hf_secret"))
