@@ -1,0 +1,91 @@
+"""The seam between the engine and the algorithms: how one weight becomes codes and scales.
+
+A rounding is a frozen value, so that it can be printed, compared, kept in a
+manifest and sent to a worker process. Data-aware methods are further classes
+that satisfy :class:`Rounding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
+from qwodel.algorithms.scales import Quantized, quantize, search_scale
+
+__all__ = ["LearnedRounding", "Nearest", "Rounding", "ScaleSearch"]
+
+
+class Rounding(Protocol):
+    """What the engine asks of a rounding method."""
+
+    @property
+    def name(self) -> str:
+        """The method's name in plans and manifests."""
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        """Whether rows may be rounded in separate pieces that do not cut a block, with the same result."""
+
+    def round(
+        self, weight: torch.Tensor, quant_type: QuantType, granularity: Granularity, *, layer: str
+    ) -> Quantized:
+        """Quantize the finite ``[M, N]`` weight of ``layer`` (its name without ``.weight``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Absmax scales, round to nearest. Works in pieces of rows for every granularity."""
+
+    name: str = field(default="nearest", init=False)
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        return granularity != TENSOR
+
+    def round(
+        self, weight: torch.Tensor, quant_type: QuantType, granularity: Granularity, *, layer: str
+    ) -> Quantized:
+        del layer
+        return quantize(weight, quant_type, granularity)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSearch:
+    """Scales searched for the least squared weight error, round to nearest."""
+
+    name: str = field(default="search", init=False)
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        return granularity != TENSOR
+
+    def round(
+        self, weight: torch.Tensor, quant_type: QuantType, granularity: Granularity, *, layer: str
+    ) -> Quantized:
+        del layer
+        return quantize(weight, quant_type, granularity, search_scale(weight, quant_type, granularity))
+
+
+@dataclass(frozen=True)
+class LearnedRounding:
+    """Codes learned on the weight's leading singular directions.
+
+    Attributes:
+        options: keyword arguments of the solver, such as ``num_iter`` or ``optimizer``.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = field(default="learned", init=False)
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        del granularity
+        return False
+
+    def round(
+        self, weight: torch.Tensor, quant_type: QuantType, granularity: Granularity, *, layer: str
+    ) -> Quantized:
+        from qwodel.algorithms.learned_rounding import learned_round
+
+        del layer
+        return learned_round(weight, quant_type, granularity, **self.options)
