@@ -3,7 +3,8 @@
 Patterns match whole words of a key, words being what stands between ``.`` and
 ``_``: ``img_in`` matches ``img_in.weight`` and ``img_in_patch``, not
 ``swimg_inner``. Trailing digits belong to the word (``norm1``) unless the
-pattern itself ends in a digit. ``*`` stands for any characters inside one
+pattern itself ends in a digit; a pattern that ends in ``.`` ends with a whole
+component (``mlp.gate.`` is not ``mlp.gate_proj``). ``*`` stands for any characters inside one
 component. :mod:`qwodel.checkpoint.layer_filters` does the matching.
 """
 
@@ -35,7 +36,7 @@ __all__ = [
 SAFE_KEY_NAMES: tuple[str, ...] = (
     "norm", "bias", "embed_tokens", "lm_head", "shared", "embed", "embeds", "embedding", "embeddings",
     "word_embeddings", "wte", "wpe", "embed_in", "embed_out", "output_head", "score", "classifier", "pooler",
-    "router", "mlp.gate", "block_sparse_moe.gate", "moe.gate", "ffn.gate_inp", "feed_forward.router",
+    "router", "mlp.gate.", "block_sparse_moe.gate.", "moe.gate.", "ffn.gate_inp.", "shared_expert_gate.",
 )  # fmt: skip
 """Kept whatever the family: norms, biases, embeddings, output heads and expert routers."""
 

@@ -78,8 +78,11 @@ def _pattern(pattern: str) -> re.Pattern[str]:
         return _SHARED
     body = re.escape(pattern.strip(".")).replace(r"\*", "[^.]*")
     start = "" if pattern.startswith(("_", "*")) else r"(?:^|[._])"
-    digits = "" if pattern[-1].isdigit() else r"\d*"
-    return re.compile(rf"{start}{body}{digits}(?=[._]|$)", re.IGNORECASE)
+    if pattern.endswith("."):
+        end = r"(?=\.|$)"
+    else:
+        end = r"(?=[._]|$)" if pattern[-1].isdigit() else r"\d*(?=[._]|$)"
+    return re.compile(start + body + end, re.IGNORECASE)
 
 
 def matches(pattern: str, key: str) -> bool:
