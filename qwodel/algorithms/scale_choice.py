@@ -53,7 +53,7 @@ def absmax_scale(weight: torch.Tensor, quant_type: QuantType, granularity: Granu
     check_matrix(weight)
     shape = granularity.scale_shape(weight.shape)
     peaks = [
-        group_amax(weight[rows].to(_work_dtype(weight)).abs_(), granularity)
+        group_amax(weight[rows].to(_work_dtype(weight)).abs(), granularity)
         for rows in row_chunks(weight.shape, granularity)
     ]
     peak = torch.cat(peaks).double() if peaks else weight.new_zeros(shape, dtype=torch.float64)

@@ -97,7 +97,7 @@ def check_finite_chunks(weight: torch.Tensor, granularity: Granularity) -> None:
     """
     for rows in row_chunks(weight.shape, granularity):
         chunk = weight[rows]
-        if chunk.numel() and not chunk.float().abs_().amax(dim=1).isfinite().all():
+        if chunk.numel() and not chunk.float().abs().amax(dim=1).isfinite().all():
             check_finite(weight)
 
 
