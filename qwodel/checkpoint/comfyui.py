@@ -75,7 +75,8 @@ class ComfyUILayout:
     def __post_init__(self) -> None:
         if self.legacy and self.header_metadata:
             raise ConfigurationError(
-                "legacy files have no quantization metadata", hint="drop save_quant_metadata, or the legacy layout"
+                "legacy files have no quantization metadata",
+                hint="drop save_quant_metadata, or the legacy layout",
             )
 
     @property
@@ -97,7 +98,7 @@ class ComfyUILayout:
         return ReaderSupport(found.loads, "ComfyUI", found.reason)
 
     def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
-        assert wanted.quant_type is not None  # noqa: S101 - the planner quantizes with quantizing formats
+        assert wanted.quant_type is not None
         layer = source.name.removesuffix(".weight")
         scale_shape = wanted.granularity.scale_shape(source.shape)
         codes = OutputTensor(source.name, dtype_name(wanted.quant_type.dtype), source.shape, Role.CODES)

@@ -74,7 +74,7 @@ def convert(
             errors[result.name] = result.squared_error
         progress.update(done, total, result.name)
     if missing := {each.name for each in work} - finished:
-        raise IntegrityError(f"{len(missing)} tensors were not written: {sorted(missing)[0]!r} …")
+        raise IntegrityError(f"{len(missing)} tensors were not written: {min(missing)!r} …")
     _finish(plan, destination, paths)
     return Conversion(plan, destination, tuple(paths.values()), errors)
 

@@ -131,7 +131,9 @@ class Decider:
             return "stored [in, out] (Conv1D), which no reader of quantized weights expects"
         return None
 
-    def _store(self, source: SourceTensor, wanted: StorageFormat, rounding: Rounding, reason: str) -> Decision:
+    def _store(
+        self, source: SourceTensor, wanted: StorageFormat, rounding: Rounding, reason: str
+    ) -> Decision:
         if wanted.quantizes:
             return Decision(Action.QUANTIZE, reason, wanted, rounding)
         if source.decoder is None and source.dtype == wanted.cast_to:

@@ -15,7 +15,13 @@ from typing import Any
 
 from qwodel.checkpoint.dtypes import FLOAT_DTYPES
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.source_decoders import Mxfp4Decoder, NvFp4Decoder, PlainDecoder, RowDecoder, ScaledDecoder
+from qwodel.checkpoint.source_decoders import (
+    Mxfp4Decoder,
+    NvFp4Decoder,
+    PlainDecoder,
+    RowDecoder,
+    ScaledDecoder,
+)
 from qwodel.exceptions import ValidationError
 
 __all__ = ["SourceTensor", "Sources", "resolve_sources"]
@@ -101,7 +107,7 @@ class _Resolver:
         for name in self.reader:
             if source := self._encoded(name):
                 found[name] = source
-                self.used.update({part: source.name for part in source.stored})
+                self.used.update(dict.fromkeys(source.stored, source.name))
         dropped = self._markers()
         tensors = []
         for name in self.reader:
@@ -163,7 +169,12 @@ class _Resolver:
         block = self._block(name, entry.shape, scales.shape)
         shared = "tensor" if scales.numel == 1 else "row" if block[1:] == entry.shape[1:] else "block"
         return SourceTensor(
-            name, entry.shape, self.dtype, (name, scale), ScaledDecoder(name, scale, block), f"{kind} {shared}"
+            name,
+            entry.shape,
+            self.dtype,
+            (name, scale),
+            ScaledDecoder(name, scale, block),
+            f"{kind} {shared}",
         )
 
     def _block(self, name: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
@@ -174,12 +185,24 @@ class _Resolver:
             return (1, shape[1])
         if len(scales) != len(shape):
             raise _refusal(self.reader, f"{name!r} {list(shape)} with scales {list(scales)}")
-        given = self.quantization.get("weight_block_size") or []
+        given = self._given_block(name)
         if len(given) == 2 and len(shape) >= 2:
             wanted = tuple(-(-n // size) for n, size in zip(shape[-2:], given, strict=True))
             if tuple(scales[-2:]) == wanted and tuple(scales[:-2]) == tuple(shape[:-2]):
                 return (*(1 for _ in shape[:-2]), *(int(size) for size in given))
         return tuple(self._block_size(name, n, count) for n, count in zip(shape, scales, strict=True))
+
+    def _given_block(self, name: str) -> list[int]:
+        """The block size the checkpoint states, if it does."""
+        side = self.comfyui.get(name.removesuffix(".weight"), {}).get("group_size")
+        if side:
+            return [int(side), int(side)]
+        if self.quantization.get("weight_block_size"):
+            return [int(size) for size in self.quantization["weight_block_size"]]
+        groups = self.quantization.get("config_groups") or {}
+        stated = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
+        sizes = {tuple(each) for each in stated if each}
+        return list(sizes.pop()) if len(sizes) == 1 else []
 
     def _block_size(self, name: str, length: int, count: int) -> int:
         if count in (1, length):
@@ -196,8 +219,10 @@ class _Resolver:
     def _mxfp4(self, name: str) -> SourceTensor:
         scales = name.removesuffix("_blocks") + "_scales"
         blocks, exponents = self.reader.entry(name), self.reader.entry(scales)
-        if (blocks.dtype, exponents.dtype) != ("U8", "U8") or len(blocks.shape) != 4 or (
-            blocks.shape[:3] != exponents.shape or blocks.shape[3] != 16
+        if (
+            (blocks.dtype, exponents.dtype) != ("U8", "U8")
+            or len(blocks.shape) != 4
+            or (blocks.shape[:3] != exponents.shape or blocks.shape[3] != 16)
         ):
             raise _refusal(self.reader, f"blocks of an unknown layout (tensor {name!r})")
         experts, rows, groups, _ = blocks.shape
@@ -211,7 +236,11 @@ class _Resolver:
         scales = f"{stem}_scale"
         divides = stem != name
         factor = f"{stem}_global_scale" if divides else f"{stem}_scale_2"
-        if scales not in self.reader or factor not in self.reader or self.reader.entry(scales).dtype != "F8_E4M3":
+        if (
+            scales not in self.reader
+            or factor not in self.reader
+            or self.reader.entry(scales).dtype != "F8_E4M3"
+        ):
             return None
         rows, half = self.reader.get_shape(name)
         shape = (rows, half * 2)
@@ -230,8 +259,10 @@ class _Resolver:
             layer, _, suffix = name.rpartition(".")
             if name == "scaled_fp8" or suffix == "comfy_quant":
                 dropped[name] = "marker of the source's quantization"
-            elif suffix in _ACTIVATION_SCALES and encoded and (
-                f"{layer}.weight" in encoded or suffix in ("k_scale", "v_scale")
+            elif (
+                suffix in _ACTIVATION_SCALES
+                and encoded
+                and (f"{layer}.weight" in encoded or suffix in ("k_scale", "v_scale"))
             ):
                 dropped[name] = "activation scale of the source's quantization"
             elif suffix == "weight_shape" and f"{layer}.weight" in encoded:
@@ -263,7 +294,9 @@ def _comfyui_formats(reader: UnifiedSafetensorsLoader) -> dict[str, Mapping[str,
         header = json.loads(reader.metadata().get("_quantization_metadata", "{}"))
         formats.update({layer: dict(value) for layer, value in header.get("layers", {}).items()})
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValidationError(f"{reader.path}: its ComfyUI quantization description is damaged: {error}") from error
+        raise ValidationError(
+            f"{reader.path}: its ComfyUI quantization description is damaged: {error}"
+        ) from error
     return formats
 
 

@@ -124,7 +124,7 @@ _worker: Any = None
 
 
 def _start_worker(factory: Callable[[], Worker[Any, Any]], threads: int) -> None:
-    global _worker  # noqa: PLW0603 - a pool's processes have no other place for their state
+    global _worker
     # The terminal sends Ctrl-C to the whole group; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)

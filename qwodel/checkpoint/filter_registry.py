@@ -63,12 +63,21 @@ ZIMAGE_AVOID_KEY_NAMES: tuple[str, ...] = (
     "q_norm", "x_pad_token", "norm", "bias",
 )  # fmt: skip
 
-DISTILL_LAYER_KEYNAMES_LARGE: tuple[str, ...] = ("distilled_guidance_layer", "final_layer", "img_in", "txt_in")
+DISTILL_LAYER_KEYNAMES_LARGE: tuple[str, ...] = (
+    "distilled_guidance_layer",
+    "final_layer",
+    "img_in",
+    "txt_in",
+)
 DISTILL_LAYER_KEYNAMES_SMALL: tuple[str, ...] = ("distilled_guidance_layer",)
 NERF_LAYER_KEYNAMES_LARGE: tuple[str, ...] = (
     "distilled_guidance_layer", "nerf_blocks", "nerf_image_embedder", "txt_in", "_attn.proj",
 )  # fmt: skip
-NERF_LAYER_KEYNAMES_SMALL: tuple[str, ...] = ("distilled_guidance_layer", "nerf_blocks", "nerf_image_embedder")
+NERF_LAYER_KEYNAMES_SMALL: tuple[str, ...] = (
+    "distilled_guidance_layer",
+    "nerf_blocks",
+    "nerf_image_embedder",
+)
 RADIANCE_LAYER_KEYNAMES: tuple[str, ...] = ("img_in_patch", "nerf_final_layer_conv", "__x0__")
 WAN_LAYER_KEYNAMES: tuple[str, ...] = (
     "text_embedding", "time_embedding", "audio_model.text_embedding", "casual_audio_encoder", "frame_packer",
@@ -122,8 +131,7 @@ MODEL_FILTERS: Mapping[str, ModelFilter] = MappingProxyType(
         "sd3": ModelFilter(
             "Stable Diffusion 3",
             AVOID_KEY_NAMES,
-            ("x_embedder", "context_embedder", "t_embedder", "y_embedder", "pos_embed", "final_layer")
-            + _FLUX_DIFFUSERS,
+            ("x_embedder", "context_embedder", "t_embedder", "y_embedder", "pos_embed", "final_layer", *_FLUX_DIFFUSERS),
         ),
         "sd_unet": ModelFilter(
             "Stable Diffusion 1, 2 and XL U-Net",

@@ -79,7 +79,9 @@ class LayerConfig(BaseModel):
         return value
 
     @classmethod
-    def from_mapping(cls, config: Mapping[str, Any] | LayerConfig, source: str = "layer_config") -> LayerConfig:
+    def from_mapping(
+        cls, config: Mapping[str, Any] | LayerConfig, source: str = "layer_config"
+    ) -> LayerConfig:
         """Validate a mapping in the file's schema.
 
         Raises:
@@ -91,7 +93,8 @@ class LayerConfig(BaseModel):
             return cls.model_validate(dict(config))
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()
+                f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+                for problem in error.errors()
             )
             raise ConfigurationError(
                 f"{source}: {problems}",

@@ -94,7 +94,9 @@ def plan_merges(
         strength = source.scale * (DAMPENING**index if dampen else 1.0)
         for target, layer in matched.items():
             factor = strength * layer.alpha / layer.rank
-            terms.setdefault(target, []).append(LoraTerm(lora.path, layer.down, layer.up, factor, lora.transposed))
+            terms.setdefault(target, []).append(
+                LoraTerm(lora.path, layer.down, layer.up, factor, lora.transposed)
+            )
     return {name: tuple(each) for name, each in terms.items()}, skipped
 
 

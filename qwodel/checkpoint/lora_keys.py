@@ -132,7 +132,11 @@ def _adapter_config(file: Path) -> Mapping[str, Any]:
 
 
 def _alpha(
-    reader: UnifiedSafetensorsLoader, metadata: Mapping[str, str], adapter: Mapping[str, Any], name: str, rank: int
+    reader: UnifiedSafetensorsLoader,
+    metadata: Mapping[str, str],
+    adapter: Mapping[str, Any],
+    name: str,
+    rank: int,
 ) -> float:
     """α from the layer's own tensor, else its header entry, else the adapter's configuration, else the rank."""
     if f"{name}.alpha" in reader:

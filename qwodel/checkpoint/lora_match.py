@@ -126,9 +126,10 @@ def _match_numbers(
 def _orders(group: str, shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     """The ways this base may have been numbered: lists of weight names."""
     if group.startswith("text_encoder"):
-        parts, orders = r"^(.*text_model\.encoder\.layers\.\d+)\.", [_CLIP_ORDER]
+        orders: tuple[tuple[str, ...], ...] = (_CLIP_ORDER,)
+        parts = r"^(.*text_model\.encoder\.layers\.\d+)\."
     else:
-        parts, orders = r"^(.*transformer_blocks\.\d+)\.", list(_BLOCK_ORDERS)
+        parts, orders = r"^(.*transformer_blocks\.\d+)\.", _BLOCK_ORDERS
     blocks = {found[1] for name in shapes if (found := re.match(parts, name))}
     ordered = sorted(blocks, key=_module_order)
     candidates = [[f"{block}.{part}.weight" for block in ordered for part in order] for order in orders]

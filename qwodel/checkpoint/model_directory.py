@@ -12,7 +12,9 @@ from qwodel.exceptions import ValidationError
 
 __all__ = ["ModelDirectory"]
 
-_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"})
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+)
 _REWRITTEN = frozenset({"config.json", "qwodel.manifest.json"})
 
 

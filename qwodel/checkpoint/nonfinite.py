@@ -18,5 +18,6 @@ def nonfinite_weights(reader: UnifiedSafetensorsLoader, sources: Iterable[Source
 
 def _finite(reader: UnifiedSafetensorsLoader, source: SourceTensor) -> bool:
     return all(
-        bool(source.row_decoder.rows(reader, start, stop).isfinite().all()) for start, stop in row_slabs(source.shape)
+        bool(source.row_decoder.rows(reader, start, stop).isfinite().all())
+        for start, stop in row_slabs(source.shape)
     )

@@ -49,9 +49,10 @@ def decode_nvfp4(
         global_scale: one fp32 *dequant* factor for the whole matrix.
         high_first: the first of two values is in the high nibble (ComfyUI's order).
     """
-    values = _values(packed, high_first=high_first).unflatten(-1, (-1, 16))
+    values = _values(packed, high_first=high_first).reshape(*packed.shape[:-1], -1, 16)
     scale = scales.float() * global_scale.float().reshape(())
-    return (values * scale.unsqueeze(-1)).flatten(-2)
+    decoded: torch.Tensor = values * scale.unsqueeze(-1)
+    return decoded.flatten(-2)
 
 
 def unswizzle_scales(scales: torch.Tensor, rows: int, groups: int) -> torch.Tensor:

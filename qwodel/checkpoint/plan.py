@@ -128,9 +128,14 @@ class Plan:
     def table(self) -> str:
         """Return the plan as text: a line a tensor, then the totals."""
         lines = [("tensor", "source", "shape", "becomes", "bytes", "reason")]
-        lines += [(name, kind, shape, to, f"{size:,}", why) for name, kind, shape, to, size, why in self.rows()]
+        lines += [
+            (name, kind, shape, to, f"{size:,}", why) for name, kind, shape, to, size, why in self.rows()
+        ]
         widths = [max(len(line[column]) for line in lines) for column in range(5)]
-        text = ["  ".join([*(cell.ljust(n) for cell, n in zip(line, widths, strict=False)), line[5]]) for line in lines]
+        text = [
+            "  ".join([*(cell.ljust(n) for cell, n in zip(line, widths, strict=False)), line[5]])
+            for line in lines
+        ]
         counts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
         return "\n".join(
             [
@@ -197,7 +202,8 @@ def _assemble(
         recipe.loras, shapes, dampen=recipe.dampen_loras, allow_unmatched=recipe.allow_unmatched_loras
     )
     tensors = tuple(
-        _tensor_plan(each, decisions[each.name], layout, merges.get(each.name, ())) for each in sources.tensors
+        _tensor_plan(each, decisions[each.name], layout, merges.get(each.name, ()))
+        for each in sources.tensors
     )
     if recipe.format.quantizes and not any(each.action is Action.QUANTIZE for each in tensors):
         raise ValidationError(
@@ -218,7 +224,17 @@ def _assemble(
         side_files = directory.side_files()
     warnings = _warnings(layout, tensors, unmatched)
     return Plan(
-        source, recipe, layout, tensors, sources.dropped, files, documents, side_files, constants, family, warnings
+        source,
+        recipe,
+        layout,
+        tensors,
+        sources.dropped,
+        files,
+        documents,
+        side_files,
+        constants,
+        family,
+        warnings,
     )
 
 
@@ -256,8 +272,9 @@ def _warnings(layout: Layout, tensors: tuple[TensorPlan, ...], unmatched: list[s
         if not support.loads:
             warnings.append(f"{support.reader} cannot load {wanted}: {support.reason}")
     if unmatched:
-        warnings.append(f"{len(unmatched)} LoRA layers fit no weight and are not merged: {', '.join(unmatched[:5])}")
+        warnings.append(
+            f"{len(unmatched)} LoRA layers fit no weight and are not merged: {', '.join(unmatched[:5])}"
+        )
     for warning in warnings:
         log.warning(warning)
     return tuple(warnings)
-

@@ -140,7 +140,7 @@ class UnifiedSafetensorsLoader:
         header, entry = self._locate(key)
         stop = entry.nbytes if stop is None else stop
         buffer = torch.empty(stop - start, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy().data)
         descriptor, position = self._descriptor(header.path), entry.begin + start
         while len(view):
             got = os.preadv(descriptor, [view], position)

@@ -11,7 +11,9 @@ SLAB_ELEMENTS = 1 << 21
 """Elements of a slab: 8 MiB as fp32. Slabs never depend on the number of workers, so results do not either."""
 
 
-def row_slabs(shape: Sequence[int], multiple: int = 1, elements: int = SLAB_ELEMENTS) -> Iterator[tuple[int, int]]:
+def row_slabs(
+    shape: Sequence[int], multiple: int = 1, elements: int = SLAB_ELEMENTS
+) -> Iterator[tuple[int, int]]:
     """Yield ``(start, stop)`` along the first dimension, each but the last a multiple of ``multiple`` rows."""
     if not shape:
         yield 0, 1

@@ -50,19 +50,27 @@ class ScaledDecoder:
 
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
         codes = reader.get_rows(self.data, start, stop).float()
+        return codes.mul_(self.spread(reader, start, stop, codes.shape))
+
+    def spread(
+        self, reader: UnifiedSafetensorsLoader, start: int, stop: int, shape: torch.Size
+    ) -> torch.Tensor:
+        """Return the scales of rows ``[start, stop)``, broadcastable to those rows' ``shape``."""
         scale = reader.get_tensor(self.scale).float()
         if scale.numel() == 1:
-            return codes.mul_(scale.reshape(()))
-        scale = scale.reshape(-1, *(1 for _ in range(codes.ndim - scale.ndim)), *scale.shape[1:])
+            return scale.reshape(())
+        scale = scale.reshape(*scale.shape, *(1 for _ in range(len(shape) - scale.ndim)))
         first = self.block[0]
-        scale = scale[start // first : -(-stop // first)]
+        skip = 0
+        if scale.shape[0] > 1:
+            scale = scale[start // first : -(-stop // first)]
+            skip = start % first
         for dim, size in enumerate(self.block):
-            if size > 1 and scale.shape[dim] > 1:
+            if size > 1 and (scale.shape[dim] > 1 or dim == 0):
                 scale = scale.repeat_interleave(size, dim)
-        skip = start % first if scale.shape[0] > 1 else 0
-        window = [slice(None, n) for n in codes.shape]
-        window[0] = slice(skip, skip + codes.shape[0])
-        return codes.mul_(scale[tuple(window)])
+        window = [slice(None, n) for n in shape]
+        window[0] = slice(skip, skip + shape[0])
+        return scale[tuple(window)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,9 @@ class Mxfp4Decoder:
     scales: str
 
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
-        return decode_mxfp4(reader.get_rows(self.blocks, start, stop), reader.get_rows(self.scales, start, stop))
+        return decode_mxfp4(
+            reader.get_rows(self.blocks, start, stop), reader.get_rows(self.scales, start, stop)
+        )
 
 
 @dataclass(frozen=True, slots=True)

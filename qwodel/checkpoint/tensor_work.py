@@ -125,8 +125,10 @@ class TensorWorker:
         with _threads(1):
             return self._round(plan, wanted, rounding, codes, scale)
 
-    def _nearest(self, plan: TensorPlan, wanted: StorageFormat, codes: OutputTensor, scale: OutputTensor) -> None:
-        assert wanted.quant_type is not None  # noqa: S101 - only quantizing formats get here
+    def _nearest(
+        self, plan: TensorPlan, wanted: StorageFormat, codes: OutputTensor, scale: OutputTensor
+    ) -> None:
+        assert wanted.quant_type is not None
         granularity = wanted.granularity
         shared = self._tensor_scale(plan, wanted) if granularity == TENSOR else None
         scales, place = [], 0
@@ -138,7 +140,7 @@ class TensorWorker:
         self._writer.write(scale.name, shared if shared is not None else torch.cat(scales))
 
     def _tensor_scale(self, plan: TensorPlan, wanted: StorageFormat) -> torch.Tensor:
-        assert wanted.quant_type is not None  # noqa: S101 - only quantizing formats get here
+        assert wanted.quant_type is not None
         scales = []
         for start, stop in row_slabs(plan.source.shape):
             rows = weight_rows(self._reader, plan, start, stop)
@@ -149,11 +151,20 @@ class TensorWorker:
         return torch.stack(scales).amax() if scales else torch.ones(())
 
     def _round(
-        self, plan: TensorPlan, wanted: StorageFormat, rounding: Rounding, codes: OutputTensor, scale: OutputTensor
+        self,
+        plan: TensorPlan,
+        wanted: StorageFormat,
+        rounding: Rounding,
+        codes: OutputTensor,
+        scale: OutputTensor,
     ) -> float:
         granularity = wanted.granularity
         apart = rounding.rows_apart(granularity)
-        slabs = row_slabs(plan.source.shape, granularity.block_rows or 1) if apart else [(0, plan.source.shape[0])]
+        slabs = (
+            row_slabs(plan.source.shape, granularity.block_rows or 1)
+            if apart
+            else [(0, plan.source.shape[0])]
+        )
         scales, place, error = [], 0, 0.0
         for start, stop in slabs:
             rows = weight_rows(self._reader, plan, start, stop)
@@ -167,18 +178,21 @@ class TensorWorker:
     def _round_rows(
         self, plan: TensorPlan, wanted: StorageFormat, rounding: Rounding, rows: torch.Tensor
     ) -> Quantized:
-        assert wanted.quant_type is not None  # noqa: S101 - only quantizing formats get here
-        done = rounding.round(rows, wanted.quant_type, wanted.granularity, layer=plan.name.removesuffix(".weight"))
+        assert wanted.quant_type is not None
+        done = rounding.round(
+            rows, wanted.quant_type, wanted.granularity, layer=plan.name.removesuffix(".weight")
+        )
         if done.quant_type != wanted.quant_type or done.granularity != wanted.granularity:
-            raise ConversionError(f"{rounding.name} returned {done.quant_type} with {done.granularity} scales")
+            raise ConversionError(
+                f"{rounding.name} returned {done.quant_type} with {done.granularity} scales"
+            )
         return done
 
 
 def weight_rows(reader: UnifiedSafetensorsLoader, plan: TensorPlan, start: int, stop: int) -> torch.Tensor:
     """Return rows of the weight as it is before rounding: decoded and with its LoRAs merged (then fp32)."""
     if not plan.source.shape:
-        rows = reader.get_tensor(plan.source.stored[0]).reshape(1)
-        return rows
+        return reader.get_tensor(plan.source.stored[0]).reshape(1)
     rows = plan.source.row_decoder.rows(reader, start, stop)
     if plan.loras:
         rows = rows.float()

@@ -66,17 +66,26 @@ class TransformersLayout:
             )
         granularity = wanted.granularity
         if wanted.quant_type == INT8 and granularity.is_block:
-            return ReaderSupport(False, reader, "vLLM has no INT8 kernels with block scales; transformers decodes it")
+            return ReaderSupport(
+                False, reader, "vLLM has no INT8 kernels with block scales; transformers decodes it"
+            )
         if wanted.quant_type == INT8 and self.activations == "none":
             return ReaderSupport(
-                False, reader, "vLLM reads INT8 weights without activation quantization only in its packed form"
+                False,
+                reader,
+                "vLLM reads INT8 weights without activation quantization only in its packed form",
             )
-        if granularity.is_block and (granularity.block_rows, granularity.block_cols) != (_VLLM_BLOCK, _VLLM_BLOCK):
-            return ReaderSupport(False, reader, "vLLM has FP8 kernels for 128×128 blocks only; transformers decodes it")
+        if granularity.is_block and (granularity.block_rows, granularity.block_cols) != (
+            _VLLM_BLOCK,
+            _VLLM_BLOCK,
+        ):
+            return ReaderSupport(
+                False, reader, "vLLM has FP8 kernels for 128×128 blocks only; transformers decodes it"
+            )
         return ReaderSupport(True, reader)
 
     def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
-        assert wanted.quant_type is not None  # noqa: S101 - the planner quantizes with quantizing formats
+        assert wanted.quant_type is not None
         shape = wanted.granularity.scale_shape(source.shape) or (1,)
         return (
             OutputTensor(source.name, dtype_name(wanted.quant_type.dtype), source.shape, Role.CODES),
@@ -149,7 +158,10 @@ class TransformersLayout:
         elif granularity.block_rows == 1:
             weights |= {"strategy": "group", "group_size": granularity.block_cols}
         else:
-            weights |= {"strategy": "block", "block_structure": [granularity.block_rows, granularity.block_cols]}
+            weights |= {
+                "strategy": "block",
+                "block_structure": [granularity.block_rows, granularity.block_cols],
+            }
             inputs |= {"strategy": "group", "group_size": granularity.block_cols}
         dynamic = self.activations == "dynamic"
         label = f"{kind}-quantized" if dynamic else "naive-quantized"
@@ -167,7 +179,9 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    changed = {
+        key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()
+    }
     for key in ("dtype", "torch_dtype"):
         if isinstance(changed.get(key), str):
             changed[key] = dtype

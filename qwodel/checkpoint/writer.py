@@ -35,7 +35,10 @@ class FilePlan:
 
 
 def pack_files(
-    groups: Sequence[Sequence[OutputTensor]], metadata: Mapping[str, str], max_bytes: int | None, stem: str = "model"
+    groups: Sequence[Sequence[OutputTensor]],
+    metadata: Mapping[str, str],
+    max_bytes: int | None,
+    stem: str = "model",
 ) -> tuple[FilePlan, ...]:
     """Lay tensors out in files.
 
@@ -58,7 +61,9 @@ def pack_files(
     count = len(shards)
     return tuple(
         _pack(
-            f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors", shard, metadata
+            f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors",
+            shard,
+            metadata,
         )
         for number, shard in enumerate(shards, start=1)
     )
@@ -141,7 +146,11 @@ class PlannedWriter:
         """Write ``data`` at byte ``at`` of ``tensor`` and return the number of bytes."""
         file, begin = self._places[tensor]
         if isinstance(data, torch.Tensor):
-            view = memoryview(data.contiguous().view(-1).view(torch.uint8).numpy()) if data.numel() else memoryview(b"")
+            view = (
+                memoryview(data.contiguous().view(-1).view(torch.uint8).numpy())
+                if data.numel()
+                else memoryview(b"")
+            )
         else:
             view = memoryview(data)
         total, position = len(view), begin + at
