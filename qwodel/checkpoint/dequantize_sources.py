@@ -140,7 +140,7 @@ class _Resolver:
             raise _refusal(self.reader, f"INT8 with rotated columns (tensor {name!r})")
         if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in self.reader:
             return self._mxfp4(name)
-        if entry.dtype == "U8" and len(entry.shape) == 2 and (nvfp4 := self._nvfp4(name, layer, comfyui)):
+        if entry.dtype == "U8" and len(entry.shape) == 2 and (nvfp4 := self._nvfp4(name, comfyui)):
             return nvfp4
         scale = self._scale_of(name)
         if entry.dtype in _FP8:
@@ -231,7 +231,7 @@ class _Resolver:
             Mxfp4Decoder(name, scales), "MXFP4",
         )  # fmt: skip
 
-    def _nvfp4(self, name: str, layer: str, comfyui: Mapping[str, Any]) -> SourceTensor | None:
+    def _nvfp4(self, name: str, comfyui: Mapping[str, Any]) -> SourceTensor | None:
         stem = name.removesuffix("_packed")
         scales = f"{stem}_scale"
         divides = stem != name

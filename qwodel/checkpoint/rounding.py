@@ -7,16 +7,16 @@ that satisfy :class:`Rounding`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from qwodel.algorithms.learned_rounding import RoundingOptions, learn_rounding
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
 from qwodel.algorithms.scales import Quantized, quantize, search_scale
 
-__all__ = ["LearnedRounding", "Nearest", "Rounding", "ScaleSearch"]
+__all__ = ["Learned", "Nearest", "Rounding", "ScaleSearch"]
 
 
 class Rounding(Protocol):
@@ -67,15 +67,15 @@ class ScaleSearch:
         return quantize(weight, quant_type, granularity, search_scale(weight, quant_type, granularity))
 
 
-@dataclass(frozen=True)
-class LearnedRounding:
-    """Codes learned on the weight's leading singular directions.
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Codes learned from the nearest ones on; needs the whole weight.
 
     Attributes:
-        options: keyword arguments of the solver, such as ``num_iter`` or ``optimizer``.
+        options: the solver's settings.
     """
 
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: RoundingOptions = field(default_factory=RoundingOptions)
     name: str = field(default="learned", init=False)
 
     def rows_apart(self, granularity: Granularity) -> bool:
@@ -85,7 +85,5 @@ class LearnedRounding:
     def round(
         self, weight: torch.Tensor, quant_type: QuantType, granularity: Granularity, *, layer: str
     ) -> Quantized:
-        from qwodel.algorithms.learned_rounding import learned_round
-
         del layer
-        return learned_round(weight, quant_type, granularity, **self.options)
+        return learn_rounding(weight, quant_type, granularity, self.options).quantized

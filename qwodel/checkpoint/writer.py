@@ -146,11 +146,8 @@ class PlannedWriter:
         """Write ``data`` at byte ``at`` of ``tensor`` and return the number of bytes."""
         file, begin = self._places[tensor]
         if isinstance(data, torch.Tensor):
-            view = (
-                memoryview(data.contiguous().view(-1).view(torch.uint8).numpy())
-                if data.numel()
-                else memoryview(b"")
-            )
+            flat = data.contiguous().view(-1).view(torch.uint8)
+            view = memoryview(flat.numpy().data)
         else:
             view = memoryview(data)
         total, position = len(view), begin + at
