@@ -105,9 +105,11 @@ class Cancelled(QuantizationError):  # noqa: N818 - the name callers know from a
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """Return ``"did you mean 'x' or 'y'?"`` for the nearest known words, or ``None``."""
-    names = list(known)
-    folded = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(word.casefold(), folded, n=3, cutoff=0.6)
+    by_folded: dict[str, list[str]] = {}
+    for name in known:
+        by_folded.setdefault(name.casefold(), []).append(name)
+    near = difflib.get_close_matches(word.casefold(), by_folded, n=3, cutoff=0.6)
     if not near:
         return None
-    return "did you mean " + " or ".join(f"'{folded[n]}'" for n in near) + "?"
+    spellings = [max(by_folded[key], key=lambda name: sum(map(str.__eq__, name, word))) for key in near]
+    return "did you mean " + " or ".join(f"'{name}'" for name in spellings) + "?"

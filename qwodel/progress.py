@@ -8,6 +8,7 @@ that raises cancels the run: the reporter turns whatever it raised into
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 from qwodel.exceptions import Cancelled
@@ -76,10 +77,16 @@ class Progress:
         self._emit(self._percent, self._stage, message)
 
     def complete(self, message: str = "") -> None:
-        """Report 100 %. Called once, after publishing; a callback that raises here cancels nothing."""
+        """Report 100 %, once, after publishing: a callback that raises now has nothing left to cancel."""
         self._percent = 100
-        if self._callback is not None:
+        if self._callback is None:
+            return
+        try:
             self._callback(100, STAGES[-1], message)
+        except Exception:
+            logging.getLogger("qwodel").exception(
+                "the progress callback failed after the model was published"
+            )
 
     def _emit(self, percent: int, stage: str, message: str) -> None:
         event = (percent, stage, message)

@@ -1,0 +1,189 @@
+"""The GGUF backend: Hugging Face directory or ``.gguf`` in, quantized ``.gguf`` out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
+from qwodel.backends.gguf import steps
+from qwodel.backends.gguf.accounting import dropped_tensors
+from qwodel.backends.gguf.calibrate import importance_matrix
+from qwodel.backends.gguf.formats import file_type, format_specs
+from qwodel.backends.gguf.options import GGUFOptions
+from qwodel.backends.gguf.toolchain import converter, lock
+from qwodel.backends.gguf.verify import (
+    check_metadata,
+    check_tensors,
+    check_tokenization,
+    check_tokenizer,
+    measure,
+)
+from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityError, ValidationError
+from qwodel.gguf_header import GGUFHeader, read_gguf_header
+from qwodel.output import require_space
+from qwodel.source import ModelSource
+
+__all__ = ["GGUFQuantizer"]
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_ENCODING_SUFFIX = re.compile(r"[.-](I?Q\d\w*|T?Q\d\w*|MXFP4\w*|BF16|F16|F32)$", re.IGNORECASE)
+_SPLIT_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
+    """llama.cpp: its converter, its quantizer, its loader."""
+
+    name: ClassVar[str] = "gguf"
+    extra: ClassVar[str] = "gguf"
+    accepts: ClassVar[frozenset[str]] = frozenset({"huggingface", "gguf"})
+    packages: ClassVar[tuple[str, ...]] = ("llama-cpp-python", "gguf", "transformers", "torch", "numpy")
+    options_type = GGUFOptions
+
+    @classmethod
+    def formats(cls) -> Mapping[str, FormatSpec]:
+        return format_specs()
+
+    def output_name(self, source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> str:
+        return f"{_model_name(source)}-{spec.name}.gguf"
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        converter().check_architecture(config)
+
+    def check(self, source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> None:
+        if options.imatrix is not None and options.calibration_dataset is not None:
+            raise ConfigurationError(
+                "imatrix and calibration_dataset exclude each other",
+                hint="give the file, or the text to compute it from",
+            )
+        if (
+            "importance matrix" in spec.needs
+            and options.imatrix is None
+            and options.calibration_dataset is None
+        ):
+            raise CalibrationError(
+                f"{spec.name} needs an importance matrix: without one its output is garbage",
+                hint="pass calibration_dataset= a text file or dataset to compute it from, or imatrix= a file",
+            )
+        if source.input_format == "gguf":
+            _check_requantize(source, spec, options)
+        else:
+            _check_directory(source)
+
+    def stage_weights(
+        self, source: ModelSource, spec: FormatSpec, options: GGUFOptions
+    ) -> Mapping[str, float]:
+        weights: dict[str, float] = {"resolve": 1, "quantize": 50, "verify": 4, "publish": 1}
+        if source.input_format != "gguf":
+            weights["convert"] = 40
+        if options.calibration_dataset is not None:
+            weights["calibrate"] = 120
+        return weights
+
+    def run(self, job: Job[GGUFOptions]) -> None:
+        source, options = job.source, job.options
+        outtype = steps.intermediate_type(source)
+        _require_space(job, outtype)
+        is_gguf = source.input_format == "gguf"
+        origin = list(source.weight_files) if is_gguf else [steps.convert(job, outtype)]
+        headers = [read_gguf_header(file) for file in origin]
+        matrix = importance_matrix(job, origin[0], headers)
+        fallbacks, loaded = steps.quantize(job, origin[0], headers, matrix.path if matrix else None)
+        self._verify(job, headers, loaded)
+        shown = {key: value for key, value in loaded.items() if not key.startswith("probe_")}
+        job.report |= {"fallbacks": fallbacks, "loaded": shown}
+        if matrix:
+            job.report["importance_matrix"] = matrix.report()
+        if fallbacks:
+            self.log.warning(
+                "%d of %d tensors could not be given the type %s asks for; see the manifest",
+                len(fallbacks),
+                len(headers[0].tensors),
+                job.format.name,
+            )
+        if options.keep_intermediate and not is_gguf:
+            kept = job.output.final.with_name(f"{_model_name(source)}-{outtype.upper()}.gguf")
+            origin[0].replace(kept)
+            job.report["intermediate"] = str(kept)
+
+    def _verify(self, job: Job[GGUFOptions], headers: list[GGUFHeader], loaded: Mapping[str, Any]) -> None:
+        """Read the written file back, compare, and report what it holds."""
+        job.progress.stage("verify", "reading the file back")
+        output = read_gguf_header(job.output.path)
+        check_tensors(headers, output)
+        check_metadata(headers[0], output)
+        if loaded["parameters"] != output.parameters:
+            raise IntegrityError(
+                f"llama.cpp finds {loaded['parameters']:,} parameters, and the file has {output.parameters:,}"
+            )
+        tokenizer: Mapping[str, Any] = {}
+        dropped: list[str] = []
+        if job.source.input_format != "gguf":
+            tokenizer = {
+                **check_tokenizer(job.source.path, output),
+                "tokenization": check_tokenization(job.source.path, loaded),
+            }
+            dropped = dropped_tensors(job.source, headers[0])
+        if dropped:
+            self.log.warning(
+                "%d source tensors have no place in the GGUF: %s …", len(dropped), ", ".join(dropped[:3])
+            )
+        job.progress.update(1, 2, "decoding sampled rows")
+        quality = measure(headers, output)
+        job.report |= {
+            "bits_per_weight": round(output.tensor_bytes * 8 / max(output.parameters, 1), 3),
+            "tensor_types": dict(Counter(tensor.type for tensor in output.tensors.values())),
+            "sqnr_db": {
+                name: round(value, 2) if math.isfinite(value) else None for name, value in quality.items()
+            },
+            "tokenizer": tokenizer,
+            "dropped": dropped,
+            "converter": lock()["release"],
+        }
+
+
+def _model_name(source: ModelSource) -> str:
+    """Return the model's name without split and encoding suffixes."""
+    return _ENCODING_SUFFIX.sub("", _SPLIT_SUFFIX.sub("", source.name)) or source.name
+
+
+def _check_requantize(source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> None:
+    quantized = [kind for kind in source.dtypes if kind not in ("F32", "F16", "BF16", "F64")]
+    if quantized and not options.allow_requantize:
+        raise ValidationError(
+            f"{source.given} is quantized already ({', '.join(quantized)})",
+            hint=f"convert the original weights to {spec.name}; or pass allow_requantize=True and accept the loss",
+        )
+
+
+def _check_directory(source: ModelSource) -> None:
+    if source.path.is_file():
+        raise ValidationError(
+            f"{source.given} is a single file", hint="give the model directory that holds it"
+        )
+    if not source.config:
+        raise ValidationError(
+            f"{source.path} has no config.json",
+            hint="give the directory that save_pretrained wrote, or a hub download",
+        )
+    converter().check_architecture(source.config)
+    has_tokenizer = any((source.path / name).is_file() for name in _TOKENIZERS)
+    if not has_tokenizer and not any(source.path.glob("*.tiktoken")):
+        raise ValidationError(
+            f"{source.path} has no tokenizer, and a GGUF carries one",
+            hint="copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model's repository",
+        )
+
+
+def _require_space(job: Job[GGUFOptions], outtype: str) -> None:
+    """Refuse at once what the disk cannot hold: intermediate and result at the same time."""
+    kind = file_type(job.format.name)
+    # Fallback types and embeddings make small models larger than nominal.
+    result = job.source.parameters * max(kind.bits, 1.0) * 1.25 / 8
+    intermediate = 0.0
+    if job.source.input_format != "gguf":
+        intermediate = job.source.parameters * (4 if outtype == "f32" else 2)
+    require_space(job.output.scratch, int(intermediate + result), f"making {job.output.final.name}")

@@ -1,0 +1,84 @@
+"""``qwodel check``: what is installed, which hardware there is, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qwodel.cli.arguments import JsonFlag
+
+__all__ = ["backend_states", "check"]
+
+
+def check(json_: JsonFlag = False) -> None:
+    """Show what this machine has, what each backend still needs, and how to get it."""
+    from qwodel import __version__
+    from qwodel.cli.report import human_bytes, print_json, print_table
+    from qwodel.hardware import available_memory, cpu_count, list_gpus
+
+    gpus = list_gpus()
+    facts: dict[str, Any] = {
+        "qwodel": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": cpu_count(),
+        "free_memory": available_memory(),
+        "gpus": [{"name": gpu.name, "total": gpu.total, "free": gpu.free} for gpu in gpus],
+        "llama_cpp": _llama_cpp(),
+        "backends": backend_states(),
+    }
+    if json_:
+        print_json(facts)
+        return
+    typer.echo(f"qwodel {__version__}, Python {facts['python']} on {facts['platform']}")
+    typer.echo(f"{facts['cpus']} CPUs, {human_bytes(facts['free_memory'])} memory free")
+    for gpu in gpus:
+        typer.echo(f"GPU: {gpu.name}, {human_bytes(gpu.free)} of {human_bytes(gpu.total)} free")
+    if not gpus:
+        typer.echo("no CUDA GPU found (AWQ will be slow; GGUF needs none)")
+    typer.echo(f"llama.cpp converter: {facts['llama_cpp']['converter']}")
+    rows = [(s["backend"], s["state"], s["install"] or "") for s in facts["backends"]]
+    print_table(["backend", "state", "to install"], rows)
+
+
+def backend_states() -> list[dict[str, Any]]:
+    """Return, for every backend, whether it is ready and the command that would make it so."""
+    from qwodel.backends import backend_names, is_available, missing_packages
+
+    states = []
+    for name in backend_names():
+        missing = missing_packages(name)
+        if not is_available(name):
+            state = "not in this release"
+        else:
+            state = f"needs {', '.join(missing)}" if missing else "ready"
+        install = f"{_python()} -m pip install 'qwodel[{name}]'" if missing and is_available(name) else None
+        states.append({"backend": name, "state": state, "missing": missing, "install": install})
+    return states
+
+
+def _python() -> str:
+    return Path(sys.executable).name
+
+
+def _llama_cpp() -> dict[str, Any]:
+    from qwodel.backends.gguf.toolchain import installed_converter, lock
+    from qwodel.exceptions import DependencyError
+
+    try:
+        tool = installed_converter()
+    except DependencyError as error:
+        return {"release": lock()["release"], "converter": str(error), "architectures": []}
+    if tool is None:
+        where = f"not laid yet; comes with the first conversion ({lock()['release']}, 77 MB once)"
+        return {"release": lock()["release"], "converter": where, "architectures": []}
+    return {
+        "release": os.environ.get("QWODEL_LLAMA_CPP") or lock()["release"],
+        "converter": str(tool.root),
+        "architectures": tool.architectures(),
+    }

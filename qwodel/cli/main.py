@@ -1,0 +1,77 @@
+"""The ``qwodel`` command: its verbs, and how errors become messages and exit codes.
+
+Verbs import what they need when they run, so ``--help`` and completion stay quick.
+
+Exit codes: 0 done; 1 the work failed (conversion, integrity); 2 bad input, option,
+backend or format; 3 a dependency is missing; 4 out of memory or disk; 5 calibration
+data; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from qwodel import __version__
+from qwodel.cli import check, formats, inspect, quantize, quickstart
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="qwodel",
+    help="Make trained models small: GGUF, AWQ, CoreML, FP8, INT8, SmoothQuant and SegQuant.\n\n"
+    "Start with:  qwodel quantize MODEL -b gguf -f Q4_K_M",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qwodel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("quantize")(quantize.quantize)
+app.command("list-backends")(formats.list_backends)
+app.command("list-formats")(formats.list_formats)
+app.command("list-options")(formats.list_options)
+app.command("inspect")(inspect.inspect)
+app.command("check")(check.check)
+app.command("quickstart")(quickstart.quickstart)
+
+
+def main() -> None:
+    """Run the command line; the console script's entry."""
+    import signal
+
+    # A polite kill cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was published", err=True)
+        sys.exit(130)
+    except Exception as error:
+        from qwodel.cli.report import exit_code, show_error
+
+        if not show_error(error, verbose="--verbose" in sys.argv or "-v" in sys.argv):
+            raise
+        sys.exit(exit_code(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""``qwodel quantize``: one model, one format."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwodel.cli.arguments import Backend, complete_format
+
+__all__ = ["parse_options", "quantize"]
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model directory, a model file, or a hub id (owner/name).")],
+    backend: Backend,
+    format: Annotated[  # noqa: A002 - the option's name
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="Format; see `qwodel list-formats BACKEND`.",
+            autocompletion=complete_format,
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the result goes.")] = Path(
+        "quantized_models"
+    ),
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-O",
+            metavar="KEY=VALUE",
+            help="A backend option, VALUE as JSON or plain text; repeat for more. See `qwodel list-options BACKEND`.",
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="HF_TOKEN", show_envvar=False, help="Hugging Face token [env: HF_TOKEN]."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the facts about the result as JSON.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress; print only the result's path.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens; tracebacks for errors.")
+    ] = False,
+) -> None:
+    """Quantize MODEL and print where the result is.
+
+    Nothing is published until it has been read back and compared with its source;
+    whatever fails or is interrupted leaves nothing behind.
+
+    \b
+    Examples:
+      qwodel quantize ./SmolLM2-135M-Instruct -b gguf -f Q4_K_M -o out
+      qwodel quantize HuggingFaceTB/SmolLM2-135M-Instruct -b gguf -f Q8_0
+      qwodel quantize ./model -b gguf -f IQ2_M -O calibration_dataset=text.txt
+    """
+    from qwodel.cli.report import print_json, progress_display
+    from qwodel.quantizer import Quantizer
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    if not verbose:  # its warnings repeat what our error will say
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    options = parse_options(option or [])
+    for name, value in {"revision": revision, "token": token, "overwrite": overwrite or None}.items():
+        if value is not None:
+            options[name] = value
+    with progress_display(quiet=quiet) as callback:
+        quantizer = Quantizer(backend, model, output_dir, callback, **options)
+        path = quantizer.quantize(format)
+    info = quantizer.get_model_info()
+    if json_:
+        print_json(info)
+    elif quiet:
+        typer.echo(str(path))
+    else:
+        _summary(info)
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Parse ``key=value`` pairs; a value that is JSON is taken as such, anything else as text.
+
+    Raises:
+        typer.BadParameter: a pair has no ``=``, or a key comes twice.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE")
+        if key in options:
+            raise typer.BadParameter(f"{key} is given twice")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def _summary(info: dict[str, Any]) -> None:
+    from qwodel.cli.report import human_bytes
+
+    bits = f", {info['bits_per_weight']:.2f} bits a weight" if "bits_per_weight" in info else ""
+    typer.echo(
+        f"{info['quantized_model']}  ({human_bytes(info['file_size'])}{bits}, {info['seconds']:.1f} s)"
+    )
+    quality = [value for value in info.get("sqnr_db", {}).values() if value is not None]
+    if quality:
+        worst = min((value, name) for name, value in info["sqnr_db"].items() if value is not None)
+        typer.echo(f"  decoded and compared: {len(quality)} tensors, worst {worst[0]:.1f} dB ({worst[1]})")
+    fallbacks = info.get("fallbacks") or []
+    if fallbacks:
+        kinds = sorted({f"{item['asked']} → {item['got']}" for item in fallbacks})
+        typer.echo(f"  {len(fallbacks)} tensors could not take the asked type: {', '.join(kinds)}")
+    typer.echo(f"  manifest: {info['manifest']}")

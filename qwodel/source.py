@@ -1,0 +1,262 @@
+"""What was given: a local checkpoint, described from its headers alone.
+
+:func:`inspect_source` accepts a Hugging Face directory (safetensors or ``.bin``),
+a single ``.safetensors``, ``.gguf``, ``.pt`` or ``.pth`` file, and answers in
+milliseconds: only headers, indexes and ``config.json`` are read. Hub ids are
+:mod:`qwodel.hub`'s, which downloads them to a directory first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwodel.exceptions import ValidationError
+from qwodel.gguf_header import read_gguf_header
+from qwodel.safetensors_files import checkpoint_files, read_header
+from qwodel.torch_pickle import read_pickled_tensors
+
+__all__ = ["INPUT_FORMATS", "ModelSource", "TensorInfo", "inspect_source", "read_config"]
+
+INPUT_FORMATS: Mapping[str, str] = {
+    "huggingface": "a Hugging Face model directory",
+    "safetensors": "a single .safetensors file",
+    "gguf": "a .gguf file",
+    "pytorch": "a .pt, .pth or .bin file",
+}
+"""Kinds of input, as :attr:`ModelSource.input_format` names them."""
+
+_FILE_FORMATS = {
+    ".safetensors": "safetensors",
+    ".gguf": "gguf",
+    ".pt": "pytorch",
+    ".pth": "pytorch",
+    ".bin": "pytorch",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor's dtype (safetensors or ggml name) and row-major shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    numel: int
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A local model, as its headers describe it.
+
+    ``parameters`` counts elements once where tensors share storage; ``dtypes``
+    maps dtype to number of elements; ``weight_bytes`` is the size of the weight
+    files; ``tied_embeddings`` is ``None`` where neither config nor tensors tell.
+    """
+
+    given: str
+    path: Path
+    input_format: str
+    name: str
+    weight_files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+    architecture: str | None
+    parameters: int
+    dtypes: Mapping[str, int]
+    weight_bytes: int
+    tied_embeddings: bool | None
+    revision: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts above as a JSON-ready dictionary."""
+        return {
+            "model": self.given,
+            "name": self.name,
+            "path": str(self.path),
+            "input_format": self.input_format,
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "tensors": len(self.tensors),
+            "dtypes": dict(self.dtypes),
+            "weight_bytes": self.weight_bytes,
+            "weight_files": [file.name for file in self.weight_files],
+            "tied_embeddings": self.tied_embeddings,
+            "revision": self.revision,
+        }
+
+
+def inspect_source(
+    path: str | os.PathLike[str],
+    *,
+    given: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+) -> ModelSource:
+    """Describe the model at ``path`` from its headers.
+
+    Args:
+        path: a model directory or file.
+        given: what the user wrote, where that differs from ``path``.
+        name: the model's name, where the path does not tell it (a hub cache).
+        revision: the hub commit the files are from.
+
+    Raises:
+        ValidationError: nothing is there, or nothing that holds weights.
+        IntegrityError: a weight file is truncated or damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValidationError(
+            f"{path} does not exist", hint="give a model directory, a model file or a hub id (owner/name)"
+        )
+    kind, files = _find_weights(path)
+    config = read_config(path) if path.is_dir() else {}
+    facts = _describe_gguf(files) if kind == "gguf" else _describe_tensors(files, config)
+    resolved = path.resolve()
+    return ModelSource(
+        given=given or str(path),
+        path=path,
+        input_format=kind,
+        name=name or (resolved.name if path.is_dir() else resolved.stem),
+        weight_files=tuple(files),
+        config=config,
+        weight_bytes=sum(file.stat().st_size for file in files),
+        revision=revision,
+        **facts,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return ``folder/config.json``, or an empty mapping where there is none.
+
+    Raises:
+        ValidationError: the file is not a JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValidationError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValidationError(f"{file} holds no JSON object")
+    return config
+
+
+def _find_weights(path: Path) -> tuple[str, list[Path]]:
+    if path.is_file():
+        kind = _FILE_FORMATS.get(path.suffix.lower())
+        if kind is None:
+            raise ValidationError(
+                f"{path} is no model file this library knows",
+                hint=f"known endings: {', '.join(_FILE_FORMATS)}",
+            )
+        return kind, _splits(path) if kind == "gguf" else [path]
+    for suffix in (".safetensors", ".bin"):
+        files = [file for file in checkpoint_files(path, suffix) if _holds_weights(file)]
+        if files:
+            return "huggingface", files
+    loose = sorted(file for file in path.iterdir() if file.suffix in (".gguf", ".pt", ".pth"))
+    if len(loose) == 1 or (loose and loose == _splits(loose[0])):
+        return _FILE_FORMATS[loose[0].suffix], loose
+    if loose:
+        raise ValidationError(
+            f"{path} holds several models: {', '.join(file.name for file in loose[:4])}",
+            hint="give the path of one of these files",
+        )
+    raise ValidationError(
+        f"{path} holds no model weights ({'it is empty' if not any(path.iterdir()) else 'no .safetensors, .bin, .gguf or .pt'})",
+        hint="give the directory that has config.json and the weight files in it",
+    )
+
+
+def _splits(file: Path) -> list[Path]:
+    """Return every part of the split GGUF model ``file`` is part of (llama.cpp's naming), or itself."""
+    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file.name)
+    if match is None:
+        return [file]
+    count = int(match[2])
+    parts = [file.with_name(f"{match[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ValidationError(
+            f"{file} is one of {count} parts, and {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing",
+            hint="download the missing parts into the same folder",
+        )
+    return parts
+
+
+def _holds_weights(file: Path) -> bool:
+    # transformers' Trainer leaves these beside the weights.
+    return file.name not in ("training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+def _describe_tensors(files: list[Path], config: Mapping[str, Any]) -> dict[str, Any]:
+    tensors: dict[str, TensorInfo] = {}
+    shared: set[tuple[str, str]] = set()
+    parameters = 0
+    dtypes: Counter[str] = Counter()
+    for file in files:
+        for name, dtype, shape, numel, storage in _entries(file):
+            if name in tensors:
+                raise ValidationError(
+                    f"tensor {name!r} is in more than one of the weight files (again in {file.name})"
+                )
+            tensors[name] = TensorInfo(dtype, shape, numel)
+            if storage is not None and (file.name, storage) in shared:
+                continue
+            if storage is not None:
+                shared.add((file.name, storage))
+            parameters += numel
+            dtypes[dtype] += numel
+    architectures = config.get("architectures")
+    return {
+        "tensors": tensors,
+        "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
+        "parameters": parameters,
+        "dtypes": dict(dtypes.most_common()),
+        "tied_embeddings": _tied(tensors, config),
+    }
+
+
+def _entries(file: Path) -> Iterable[tuple[str, str, tuple[int, ...], int, str | None]]:
+    if file.suffix == ".safetensors":
+        for entry in read_header(file):
+            yield entry.name, entry.dtype, entry.shape, entry.numel, None
+    else:
+        for name, tensor in read_pickled_tensors(file).items():
+            yield name, tensor.dtype, tensor.shape, tensor.numel, tensor.storage
+
+
+def _describe_gguf(files: list[Path]) -> dict[str, Any]:
+    headers = [read_gguf_header(file) for file in files]
+    tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtypes[tensor.type] += tensor.numel
+    return {
+        "tensors": {t.name: TensorInfo(t.type, t.shape, t.numel) for t in tensors.values()},
+        "architecture": headers[0].architecture,
+        "parameters": sum(dtypes.values()),
+        "dtypes": dict(dtypes.most_common()),
+        "tied_embeddings": "output.weight" not in tensors if "token_embd.weight" in tensors else None,
+    }
+
+
+def _tied(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool | None:
+    if any(name.endswith("lm_head.weight") for name in tensors):
+        # The file decides: a saved head may be a copy, and then the config's flag says so.
+        return bool(config.get("tie_word_embeddings", False))
+    nested = config.get("text_config")
+    for scope in (config, nested if isinstance(nested, dict) else {}):
+        if "tie_word_embeddings" in scope:
+            return bool(scope["tie_word_embeddings"])
+    # transformers' own default is tied.
+    return True if config and any(name.endswith("embed_tokens.weight") for name in tensors) else None
