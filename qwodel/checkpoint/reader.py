@@ -7,7 +7,6 @@ where resident memory must stay low.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -166,10 +165,7 @@ class UnifiedSafetensorsLoader:
     def close(self) -> None:
         """Close all files. Tensors already handed out stay valid."""
         self._closed = True
-        for mapped in self._maps.values():
-            # A tensor that still views the map keeps it alive; it goes with the last such tensor.
-            with contextlib.suppress(BufferError):
-                mapped.close()
+        # Maps are let go, not closed: a tensor that still views one keeps it alive.
         self._maps.clear()
         for descriptor in self._descriptors.values():
             os.close(descriptor)

@@ -34,6 +34,7 @@ __all__ = ["LayerQuality", "verify"]
 _COMPARE_BYTES = 8 << 20
 _MEASURE_ELEMENTS = 1 << 18  # a slab's temporaries stay in a core's cache
 _AGREEMENT_DB = 0.01
+_SMALL = 1e-25  # below, squares may have vanished in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +248,12 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _square_sum(x: torch.Tensor) -> float:
-    """‖x‖² of a slab small enough for fp32."""
+    """‖x‖² of a slab, in fp32 where its range is enough."""
     flat = x.reshape(-1)
+    total = float(torch.dot(flat, flat))
+    if _SMALL < total < math.inf:
+        return total
+    flat = flat.double()
     return float(torch.dot(flat, flat))
 
 
