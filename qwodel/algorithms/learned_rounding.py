@@ -26,7 +26,7 @@ __all__ = ["DEFAULT_SEED", "LearnedRounding", "RoundingOptions", "learn_rounding
 DEFAULT_SEED = 42
 """Seed of everything random in qwodel's algorithms."""
 
-_WORTH = 0.02  # an improvement smaller than this does not end a stall
+_WORTH = 0.05  # an improvement smaller than this does not end a stall
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class RoundingOptions:
         top_p, min_k, max_k, full_matrix: how many singular vectors the projected objective
             looks at, and whether they come from a full SVD.
         schedule: the learning rate.
-        early_stop_loss: stop when the loss, relative to the weight's Frobenius norm, is below.
+        early_stop_loss: stop when the loss is below this share of round-to-nearest's.
         early_stop_lr: stop when the learning rate is below.
-        early_stop_stall: stop after so many iterations without a gain of 2 %.
+        early_stop_stall: stop after so many iterations without a gain of 5 %.
         seed: of the randomized SVD.
     """
 
@@ -52,7 +52,7 @@ class RoundingOptions:
     max_k: int = 16
     full_matrix: bool = False
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    early_stop_loss: float = 1e-8
+    early_stop_loss: float = 0.03
     early_stop_lr: float = 1e-8
     early_stop_stall: int = 20
     seed: int = DEFAULT_SEED
@@ -128,8 +128,7 @@ def learn_rounding(
     problem = _problem(weight, nearest, unit, options, checked)
     start_codes = nearest.codes.float()
     start = problem.iterate(problem.target.clamp(problem.low, problem.high), start_codes)
-    norm = float((problem.target * problem.scale).double().norm())
-    best, iterations = _loop(problem, start, options, norm)
+    best, iterations = _loop(problem, start, options)
     quantized = Quantized(best.codes.to(quant_type.dtype), nearest.scale, quant_type, granularity)
     changed = float((best.codes != start_codes).sum()) / weight.numel()
     return LearnedRounding(quantized, _total(best) * unit, _total(start) * unit, changed, iterations)
@@ -158,13 +157,13 @@ def _problem(
     return Problem(target, scale, nearest.quant_type, objective)
 
 
-def _loop(problem: Problem, start: Iterate, options: RoundingOptions, norm: float) -> tuple[Iterate, int]:
+def _loop(problem: Problem, start: Iterate, options: RoundingOptions) -> tuple[Iterate, int]:
     """Propose, round, evaluate, keep the better; until nothing more is to be had."""
     rule = update_rule(options.optimizer)(problem)
     schedule = Schedule(options.schedule, tuple(problem.target.shape))
     best, latest, milestone, stall = start, start, _total(start), 0
     patience = min(options.early_stop_stall, rule.persistence or options.early_stop_stall)
-    floor = options.early_stop_loss * norm
+    floor = options.early_stop_loss * _total(start)
     for iteration in range(options.num_iter):
         if _total(best) <= floor or schedule.lr < options.early_stop_lr or stall >= patience:
             return best, iteration

@@ -21,6 +21,8 @@ from qwodel.exceptions import ConfigurationError, DependencyError, did_you_mean
 
 __all__ = ["RULES", "Iterate", "Problem", "UpdateRule", "update_rule"]
 
+_DAMPING = 0.1  # of a Gram matrix's mean diagonal
+
 
 class Problem:
     """What stays fixed while a matrix is rounded.
@@ -123,7 +125,8 @@ class CoordinateDescent(UpdateRule):
     Column j of all rows goes to round(ŵ_j − (E H)_j / H_jj), and the gradient of the rest
     follows in blocks of columns (the quadratic form is that of Frantar & Alistarh, OBC,
     https://arxiv.org/abs/2208.11580). Its steps are exact, so the learning rate has no part
-    in it. The matrix is damped by 1 % of its mean diagonal against over-fitting.
+    in it. The matrix is damped by a tenth of its mean diagonal: less fits the calibration
+    tokens better and other tokens worse.
     """
 
     persistence = 1
@@ -134,7 +137,7 @@ class CoordinateDescent(UpdateRule):
         if not isinstance(problem.objective, GramObjective):
             raise ConfigurationError("coordinate descent needs a Gram matrix")
         gram = problem.objective.gram
-        self._damping = float(gram.diagonal().mean()) * 0.01
+        self._damping = float(gram.diagonal().mean()) * _DAMPING
         self._gram = gram + torch.eye(gram.shape[0], device=gram.device) * self._damping
         self._scale = problem.scale.expand(problem.target.shape)
 
@@ -220,17 +223,20 @@ def _radam(problem: Problem) -> UpdateRule:
 
 
 def _prodigy(problem: Problem) -> UpdateRule:
+    build = _prodigy_class()
+    return TorchOptimizer(
+        problem, lambda parameters: build(parameters, d0=1e-3, split_groups=False), restarts=False
+    )
+
+
+def _prodigy_class() -> Any:
     try:
         from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree
     except ImportError as error:
         raise DependencyError(
             "the optimizer 'ppsf' needs ProdigyPlus", hint="pip install prodigy-plus-schedule-free"
         ) from error
-    return TorchOptimizer(
-        problem,
-        lambda parameters: ProdigyPlusScheduleFree(parameters, d0=1e-3, split_groups=False),
-        restarts=False,
-    )
+    return ProdigyPlusScheduleFree
 
 
 RULES: dict[str, Callable[[Problem], UpdateRule]] = {
@@ -247,10 +253,13 @@ def update_rule(name: str) -> Callable[[Problem], UpdateRule]:
 
     Raises:
         ConfigurationError: there is none (it is also a ValueError).
+        DependencyError: its package is not installed.
     """
     if name not in RULES:
         raise ConfigurationError(
             f"no optimizer is called {name!r}; there are {', '.join(RULES)}",
             hint=did_you_mean(str(name), RULES),
         )
+    if name == "ppsf":
+        _prodigy_class()
     return RULES[name]
