@@ -4,7 +4,7 @@
 known                  scale                                       rounding
 =====================  ==========================================  ======================
 nothing                FP8 rows and blocks: search; else absmax    learned, projected
-activation scales      search weighted by their squares            nearest, then the best
+activation scales      search weighted by their squares            nearest: then optimal
 a Gram matrix          search under the Gram matrix                learned, output error
 =====================  ==========================================  ======================
 
@@ -54,15 +54,16 @@ def round_weight(
     options = options or RoundingOptions()
     if gram is not None and activation_scales is not None:
         raise ConfigurationError("give either gram or activation_scales: a Gram matrix already holds them")
-    if activation_scales is not None:
-        weights = activation_scales.double().square()
-        scale = search_scale(weight, quant_type, granularity, channel_weights=weights)
-        return learn_rounding(weight, quant_type, granularity, replace(options, num_iter=0), scale=scale)
-    if gram is None and (granularity == TENSOR or not quant_type.is_float):
+    weights = None if activation_scales is None else activation_scales.double().square()
+    blind = gram is None and weights is None
+    if blind and (granularity == TENSOR or not quant_type.is_float):
         return learn_rounding(weight, quant_type, granularity, options)
-    scale = search_scale(weight, quant_type, granularity, gram=gram)
-    searched = learn_rounding(weight, quant_type, granularity, options, scale=scale, gram=gram)
-    plain = learn_rounding(weight, quant_type, granularity, replace(options, num_iter=0), gram=gram)
+    scale = search_scale(weight, quant_type, granularity, gram=gram, channel_weights=weights)
+    searched = learn_rounding(
+        weight, quant_type, granularity, options, scale=scale, gram=gram, channel_weights=weights
+    )
+    nearest = replace(options, num_iter=0)
+    plain = learn_rounding(weight, quant_type, granularity, nearest, gram=gram, channel_weights=weights)
     if searched.loss <= plain.loss:
         return replace(searched, nearest_loss=plain.loss)
-    return learn_rounding(weight, quant_type, granularity, options, gram=gram)
+    return learn_rounding(weight, quant_type, granularity, options, gram=gram, channel_weights=weights)
