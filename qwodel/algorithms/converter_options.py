@@ -19,7 +19,8 @@ _ROUNDING = tuple(f.name for f in fields(RoundingOptions) if f.name != "schedule
 def rounding_options(optimizer: str, settings: Mapping[str, Any]) -> RoundingOptions:
     """Options from flat keywords: those of :class:`RoundingOptions` and :class:`ScheduleOptions`.
 
-    Where ``lr`` is not given, ``ppsf`` starts at 1, as ProdigyPlus finds its own rate.
+    ProdigyPlus (``ppsf``) finds its own rate, so unless told otherwise its schedule only
+    shrinks, and slowly.
 
     Raises:
         ConfigurationError: a keyword is unknown or has a bad value.
@@ -33,6 +34,6 @@ def rounding_options(optimizer: str, settings: Mapping[str, Any]) -> RoundingOpt
             )
     schedule = {name: value for name, value in settings.items() if name in _SCHEDULE}
     if optimizer == "ppsf":
-        schedule = {"lr": 1.0, "lr_factor": 0.95} | schedule
+        schedule = {"lr_factor": 0.95} | schedule
     rounding = {name: value for name, value in settings.items() if name in _ROUNDING}
     return RoundingOptions(**rounding | {"optimizer": optimizer}, schedule=ScheduleOptions(**schedule))

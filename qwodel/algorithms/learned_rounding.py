@@ -2,7 +2,7 @@
 
 Rounding is inside the loop: every proposal is rounded, the objective is evaluated on the
 rounded codes, and only a proposal that lowers it is kept, so the result is never worse
-than the round-to-nearest start. The idea of learning roundings is AdaRound's
+than the round-to-nearest start. It runs on one thread, for the same bits everywhere. The idea of learning roundings is AdaRound's
 (https://arxiv.org/abs/2004.10568).
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qwodel.algorithms.determinism import one_thread
 from qwodel.algorithms.objectives import (
     ChannelObjective,
     GramObjective,
@@ -134,10 +135,11 @@ def learn_rounding(
     unit = float(nearest.scale.max()) if nearest.scale.numel() else 1.0
     if weight.numel() == 0:
         return LearnedRounding(nearest, 0.0, 0.0, 0.0, 0)
-    problem = _problem(weight, nearest, unit, options, statistics)
     start_codes = nearest.codes.float()
-    start = problem.iterate(problem.target.clamp(problem.low, problem.high), start_codes)
-    best, iterations = _loop(problem, start, options)
+    with one_thread():
+        problem = _problem(weight, nearest, unit, options, statistics)
+        start = problem.iterate(problem.target.clamp(problem.low, problem.high), start_codes)
+        best, iterations = _loop(problem, start, options)
     quantized = Quantized(best.codes.to(quant_type.dtype), nearest.scale, quant_type, granularity)
     changed = float((best.codes != start_codes).sum()) / weight.numel()
     return LearnedRounding(quantized, _total(best) * unit, _total(start) * unit, changed, iterations)

@@ -177,33 +177,41 @@ class TorchOptimizer(UpdateRule):
 
     Args:
         problem: the matrix.
-        build: makes the optimizer of one parameter; its own ``lr`` is one in the schedule's units.
-        restarts: go on from the best iterate; otherwise the optimizer follows its own path.
+        build: makes the optimizer of one parameter.
+        own_rate: the optimizer estimates its own rate and follows its own path: of the
+            schedule only reductions count. Otherwise it restarts from the best iterate.
     """
 
     def __init__(
-        self, problem: Problem, build: Callable[[list[torch.Tensor]], Any], *, restarts: bool = True
+        self, problem: Problem, build: Callable[[list[torch.Tensor]], Any], *, own_rate: bool = False
     ) -> None:
         super().__init__(problem)
         self._step = (problem.high - problem.low).clamp_(min=problem.quant_type.smallest_step)
         self._displacement = torch.zeros_like(problem.target, requires_grad=True)
         self._optimizer = build([self._displacement])
-        self._restarts = restarts
+        self._own_rate = own_rate
+        self._first_lr: float | None = None
 
     def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         problem, displacement = self.problem, self._displacement
-        origin = best if self._restarts else latest
+        origin = latest if self._own_rate else best
         with torch.no_grad():
             displacement.copy_((origin.position - problem.target) / self._step)
         slope = origin.gradient * problem.scale * self._step
         # Only ratios of gradients count, and a mean square of 1 keeps epsilon out of them.
         displacement.grad = slope / slope.double().square().mean().sqrt().clamp_(min=1e-30).float()
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self._rate(lr)
         self._optimizer.step()
         position = torch.addcmul(problem.target, displacement.detach(), self._step)
         position = position.clamp_(problem.low, problem.high)
         return position, problem.round(position, origin.codes, origin.gradient)
+
+    def _rate(self, lr: float) -> float:
+        if not self._own_rate:
+            return lr
+        self._first_lr = self._first_lr or lr
+        return min(1.0, lr / self._first_lr)
 
 
 def _original(problem: Problem) -> UpdateRule:
@@ -225,7 +233,7 @@ def _radam(problem: Problem) -> UpdateRule:
 def _prodigy(problem: Problem) -> UpdateRule:
     build = _prodigy_class()
     return TorchOptimizer(
-        problem, lambda parameters: build(parameters, d0=1e-3, split_groups=False), restarts=False
+        problem, lambda parameters: build(parameters, d0=1e-3, split_groups=False), own_rate=True
     )
 
 

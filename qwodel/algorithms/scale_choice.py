@@ -11,10 +11,12 @@ Objectives, each separable over scale groups, with E = W − Ŵ:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch.nn.functional import pad
 
+from qwodel.algorithms.determinism import one_thread
 from qwodel.algorithms.grid import round_to_grid
 from qwodel.algorithms.quant_types import Granularity, QuantType
 from qwodel.algorithms.tiles import (
@@ -196,10 +198,11 @@ def search_scale(
         return base
     metric = _Metric(granularity, weight.shape[1], channel_weights, gram)
     search = _Search(weight, quant_type, granularity, base, metric)
-    for k in range(count):
-        search.consider(torch.full_like(base, _ratio(quant_type, k, count)))
-    for _ in range(2):
-        search.consider(search.refit())
+    with nullcontext() if gram is None else one_thread():
+        for k in range(count):
+            search.consider(torch.full_like(base, _ratio(quant_type, k, count)))
+        for _ in range(2):
+            search.consider(search.refit())
     return base * search.best
 
 

@@ -174,12 +174,18 @@ def _output_sqnr(
     )
     if original.ndim != 2 or not fits:
         raise ValidationError(f"these statistics do not fit a weight of shape {list(original.shape)}")
-    exact = original.double()
-    error = dequantized.to(exact) - exact
+    # The error is formed in fp64; the products need no more than fp32.
+    error = (dequantized.double() - original.double()).float()
+    weight = original.float()
     if gram is not None:
-        form = gram.to(exact)
-        return _decibels(
-            float(((exact @ form) * exact).sum()), max(0.0, float(((error @ form) * error).sum()))
-        )
-    inputs = activations.reshape(-1, columns).to(exact)  # type: ignore[union-attr]
-    return _decibels(float((inputs @ exact.T).square().sum()), float((inputs @ error.T).square().sum()))
+        return _decibels(_quadratic(weight, gram.float()), _quadratic(error, gram.float()))
+    inputs = activations.reshape(-1, columns).float()  # type: ignore[union-attr]
+    return _decibels(_energy(inputs @ weight.T), _energy(inputs @ error.T))
+
+
+def _quadratic(rows: torch.Tensor, form: torch.Tensor) -> float:
+    return max(0.0, float(((rows @ form).double() * rows).sum()))
+
+
+def _energy(outputs: torch.Tensor) -> float:
+    return float(outputs.double().square().sum())

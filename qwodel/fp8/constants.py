@@ -67,7 +67,8 @@ def get_fp8_constants(fp8_dtype: torch.dtype) -> tuple[float, float, float]:
     if not (fp8_dtype.is_floating_point and fp8_dtype.itemsize == 1 and "float8_e" in str(fp8_dtype)):
         raise ValueError(f"{fp8_dtype} is not an FP8 dtype")
     limits = torch.finfo(fp8_dtype)
-    return limits.min, limits.max, limits.smallest_normal * limits.eps
+    first_code = torch.ones(1, dtype=torch.uint8).view(fp8_dtype)
+    return limits.min, limits.max, float(first_code.double())
 
 
 FP8_MIN, FP8_MAX, FP8_MIN_POS = get_fp8_constants(TARGET_FP8_DTYPE)

@@ -23,7 +23,7 @@ class LearnedRoundingConverter:
         block_size: side of a block (``"block"``) or length of a group (``"group"``); the
             last ones may be smaller.
         num_iter: the most iterations a matrix; fewer when nothing more is to be had.
-        lr: the first learning rate; ``ppsf`` wants 1.
+        lr: the first learning rate (``ppsf`` finds its own).
         optimizer: ``"original"``, ``"adamw"``, ``"radam"`` or ``"ppsf"`` (needs ProdigyPlus).
         lr_schedule: ``"adaptive"``, ``"plateau"`` or ``"exponential"``.
         top_p: share of the singular values that the objective looks at, in (0, 1].
