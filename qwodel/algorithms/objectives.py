@@ -12,7 +12,7 @@ import torch
 
 from qwodel.exceptions import ConfigurationError
 
-__all__ = ["GramObjective", "Objective", "ProjectedObjective", "top_singular_vectors"]
+__all__ = ["ChannelObjective", "GramObjective", "Objective", "ProjectedObjective", "top_singular_vectors"]
 
 
 class Objective(ABC):
@@ -64,6 +64,26 @@ class GramObjective(Objective):
 
     def curvature(self) -> torch.Tensor:
         return self.gram.diagonal()
+
+
+class ChannelObjective(Objective):
+    """√(Σ_j d_j E_ij²) row by row: the output error if inputs were uncorrelated.
+
+    It has no terms between columns, so rounding to nearest is its exact minimum.
+
+    Args:
+        weights: fp32 ``[N]``, d_j ≥ 0.
+    """
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.weights = weights
+
+    def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = error * self.weights
+        return (gradient.double() * error).sum(dim=1).sqrt(), gradient
+
+    def curvature(self) -> torch.Tensor:
+        return self.weights
 
 
 def top_singular_vectors(

@@ -11,10 +11,12 @@ Objectives, each separable over scale groups, with E = W − Ŵ:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch.nn.functional import pad
 
+from qwodel.algorithms.determinism import one_thread
 from qwodel.algorithms.grid import round_to_grid
 from qwodel.algorithms.quant_types import Granularity, QuantType
 from qwodel.algorithms.tiles import (
@@ -29,7 +31,7 @@ from qwodel.algorithms.tiles import (
 )
 from qwodel.exceptions import ConfigurationError, ValidationError
 
-__all__ = ["absmax_scale", "check_gram", "normalise", "search_scale"]
+__all__ = ["absmax_scale", "check_channel_weights", "check_gram", "normalise", "search_scale"]
 
 _FP32 = torch.finfo(torch.float32)
 _GAIN = 1e-6  # a candidate must win by more than the noise of fp32 sums
@@ -113,7 +115,9 @@ class _Metric:
         gram: torch.Tensor | None,
     ) -> None:
         self.granularity = granularity
-        self.channel_weights = None if channel_weights is None else _checked_weights(channel_weights, columns)
+        self.channel_weights = (
+            None if channel_weights is None else check_channel_weights(channel_weights, columns)
+        )
         self.gram = None if gram is None else check_gram(gram, columns)
         if self.gram is not None and granularity.is_block:
             self.gram = _diagonal_blocks(self.gram, granularity.block_cols)
@@ -129,7 +133,12 @@ class _Metric:
         return group_sum(weighted * b, self.granularity)
 
 
-def _checked_weights(weights: torch.Tensor, columns: int) -> torch.Tensor:
+def check_channel_weights(weights: torch.Tensor, columns: int) -> torch.Tensor:
+    """Channel weights as fp32 ``[N]`` scaled to a mean of 1.
+
+    Raises:
+        ValidationError: wrong shape, not finite or negative.
+    """
     if weights.shape != (columns,):
         raise ValidationError(
             f"channel weights of shape {list(weights.shape)} do not fit {columns} input channels"
@@ -189,10 +198,11 @@ def search_scale(
         return base
     metric = _Metric(granularity, weight.shape[1], channel_weights, gram)
     search = _Search(weight, quant_type, granularity, base, metric)
-    for k in range(count):
-        search.consider(torch.full_like(base, _ratio(quant_type, k, count)))
-    for _ in range(2):
-        search.consider(search.refit())
+    with nullcontext() if gram is None else one_thread():
+        for k in range(count):
+            search.consider(torch.full_like(base, _ratio(quant_type, k, count)))
+        for _ in range(2):
+            search.consider(search.refit())
     return base * search.best
 
 
