@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.verify import LayerQuality, verify
 
 
-def random_weights(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: (torch.randn(shape, generator=generator) * 0.05).to(dtype) for name, shape in shapes.items()}
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.05).to(dtype) for name, shape in shapes.items()
+    }
 
+
+DATA = Path(os.environ.get("QWODEL_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
+"""Real weights, where they have been laid out; tests that need them skip elsewhere."""
 
 LLAMA_LAYER = {
     "self_attn.q_proj.weight": (64, 48),

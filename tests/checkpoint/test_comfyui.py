@@ -37,7 +37,9 @@ def decode_with_comfy_kitchen(out: dict[str, torch.Tensor], layer: str) -> torch
     }
     layout = layouts[str(describe(out, layer)["format"])]
     codes = out[f"{layer}.weight"]
-    params = layout.Params(scale=out[f"{layer}.weight_scale"], orig_dtype=torch.float32, orig_shape=tuple(codes.shape))
+    params = layout.Params(
+        scale=out[f"{layer}.weight_scale"], orig_dtype=torch.float32, orig_shape=tuple(codes.shape)
+    )
     decoded: torch.Tensor = layout.dequantize(codes, params)
     return decoded
 
@@ -91,7 +93,9 @@ def test_legacy_scaled_fp8(source: Path, tmp_path: Path, full_precision: bool, c
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3_row", "fp8_e4m3_block", "int8_block"])
-def test_formats_comfyui_cannot_load_say_so(source: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_formats_comfyui_cannot_load_say_so(
+    source: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     conversion, quality = run(source, tmp_path / "out.safetensors", format=name)
     (warning,) = conversion.plan.warnings
     assert "ComfyUI cannot load" in warning

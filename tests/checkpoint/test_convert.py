@@ -59,7 +59,13 @@ values = st.one_of(
     seed=st.integers(0, 9),
 )
 def test_any_weight_decodes_to_what_is_reported(
-    shape: tuple[int, int], dtype: torch.dtype, name: str, size: int, pool: list[float], search: bool, seed: int
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    name: str,
+    size: int,
+    pool: list[float],
+    search: bool,
+    seed: int,
 ) -> None:
     picks = torch.randint(len(pool), shape, generator=torch.Generator().manual_seed(seed))
     weight = torch.tensor(pool, dtype=torch.float64)[picks].to(dtype)
@@ -96,7 +102,15 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, name: str)
     digests = set()
     for workers in (1, 2, 4):
         out = tmp_path / f"out{workers}"
-        run(tmp_path / "in", out, TransformersLayout(), workers, format=name, max_shard_size=20_000, rounding=ScaleSearch())
+        run(
+            tmp_path / "in",
+            out,
+            TransformersLayout(),
+            workers,
+            format=name,
+            max_shard_size=20_000,
+            rounding=ScaleSearch(),
+        )
         files = sorted(out.glob("*"))
         assert len(files) > 3
         digests.add(tuple((file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files))
@@ -108,7 +122,9 @@ def test_the_plan_knows_the_exact_size(tmp_path: Path, name: str) -> None:
     save_sharded(tmp_path / "in", llama_weights(2), 2)
     (tmp_path / "in" / "config.json").write_text('{"torch_dtype": "bfloat16"}')
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
-    conversion, _ = run(tmp_path / "in", tmp_path / "out", TransformersLayout(), format=name, max_shard_size=30_000)
+    conversion, _ = run(
+        tmp_path / "in", tmp_path / "out", TransformersLayout(), format=name, max_shard_size=30_000
+    )
     written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*"))
     assert written == conversion.plan.output_bytes
     table = conversion.plan.table()
@@ -124,7 +140,11 @@ def test_slabs_of_a_large_weight_equal_the_whole(tmp_path: Path) -> None:
     weight[:1500] = 0  # the first slab has nothing to say of the scale
     weight[2999, 7] = 3.0
     save_file({"a.weight": weight}, tmp_path / "in.safetensors")
-    for name, granularity in (("int8_tensor", TENSOR), ("int8_row", ROW), ("int8_block", Granularity.block(128))):
+    for name, granularity in (
+        ("int8_tensor", TENSOR),
+        ("int8_row", ROW),
+        ("int8_block", Granularity.block(128)),
+    ):
         run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", format=name)
         out, whole = load_file(tmp_path / "out.safetensors"), quantize(weight, INT8, granularity)
         assert torch.equal(out["a.weight"], whole.codes)
@@ -200,7 +220,12 @@ def test_a_flipped_byte_is_found(tmp_path: Path, victim: str) -> None:
     plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
     conversion = convert(plan, tmp_path / "out.safetensors")
     layer = "model.layers.0.mlp.down_proj"
-    name = {"codes": f"{layer}.weight", "scale": f"{layer}.weight_scale", "copy": "lm_head.weight", "description": f"{layer}.comfy_quant"}
+    name = {
+        "codes": f"{layer}.weight",
+        "scale": f"{layer}.weight_scale",
+        "copy": "lm_head.weight",
+        "description": f"{layer}.comfy_quant",
+    }
     place = plan.files[0].offsets[name[victim]]
     with (tmp_path / "out.safetensors").open("r+b") as file:
         file.seek(place + 2)
@@ -225,7 +250,11 @@ class Breaks:
 
 def test_a_dead_worker_is_a_typed_error(tmp_path: Path) -> None:
     save_file(llama_weights(1), tmp_path / "in.safetensors")
-    plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row"), rounding=Breaks()), ComfyUILayout())
+    plan = build_plan(
+        tmp_path / "in.safetensors",
+        Recipe(format=storage_format("int8_row"), rounding=Breaks()),
+        ComfyUILayout(),
+    )
     with pytest.raises(ConversionError, match="worker process died"):
         convert(plan, tmp_path / "out.safetensors", executor=ProcessExecutor(2))
 
@@ -248,14 +277,21 @@ def test_a_callback_that_raises_cancels(tmp_path: Path) -> None:
 
     plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
     with pytest.raises(Cancelled):
-        convert(plan, tmp_path / "out.safetensors", progress=Progress(callback, {"quantize": 1}), executor=make_executor(2))
+        convert(
+            plan,
+            tmp_path / "out.safetensors",
+            progress=Progress(callback, {"quantize": 1}),
+            executor=make_executor(2),
+        )
 
 
 def test_progress_counts_bytes_up_to_the_end_of_the_stage(tmp_path: Path) -> None:
     save_file(llama_weights(2), tmp_path / "in.safetensors")
     seen: list[int] = []
     plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
-    conversion = convert(plan, tmp_path / "out.safetensors", progress=Progress(lambda p, *_: seen.append(p), {"quantize": 1}))
+    conversion = convert(
+        plan, tmp_path / "out.safetensors", progress=Progress(lambda p, *_: seen.append(p), {"quantize": 1})
+    )
     assert seen == sorted(seen)
     assert seen[-1] == 99
     assert conversion.files == (tmp_path / "out.safetensors",)

@@ -15,7 +15,9 @@ from qwodel.exceptions import ConfigurationError
 INT8, FP8, FP16, BLOCK = (storage_format(name) for name in ("int8_row", "fp8_e4m3", "fp16", "int8_block"))
 
 
-def tensor(name: str = "blocks.0.attn.q.weight", shape: tuple[int, ...] = (256, 256), dtype: str = "BF16") -> SourceTensor:
+def tensor(
+    name: str = "blocks.0.attn.q.weight", shape: tuple[int, ...] = (256, 256), dtype: str = "BF16"
+) -> SourceTensor:
     return SourceTensor(name, shape, dtype, (name,))
 
 

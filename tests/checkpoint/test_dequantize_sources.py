@@ -51,7 +51,9 @@ def test_deepseek_blocks(tmp_path: Path, experts: int | None) -> None:
     scale = torch.rand(*shape[:-2], 3, 2) + 0.1
     name = "a.weight" if experts is None else "experts.gate_up_proj"
     save_file({name: codes, f"{name}_scale_inv": scale}, tmp_path / "m.safetensors")
-    expected = codes.float() * scale.repeat_interleave(128, -2)[..., :300, :].repeat_interleave(128, -1)[..., :200]
+    expected = (
+        codes.float() * scale.repeat_interleave(128, -2)[..., :300, :].repeat_interleave(128, -1)[..., :200]
+    )
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     assert torch.equal(read(tmp_path / "m.safetensors", name, config, step=1 if experts else 77), expected)
 
@@ -97,7 +99,11 @@ def test_nvfp4(tmp_path: Path, style: str) -> None:
     if style == "modelopt":
         tensors = {"a.weight": pack(codes), "a.weight_scale": scales, "a.weight_scale_2": torch.tensor(0.125)}
     else:
-        tensors = {"a.weight_packed": pack(codes), "a.weight_scale": scales, "a.weight_global_scale": torch.tensor([8.0])}
+        tensors = {
+            "a.weight_packed": pack(codes),
+            "a.weight_scale": scales,
+            "a.weight_global_scale": torch.tensor([8.0]),
+        }
     save_file(tensors, tmp_path / "m.safetensors")
     assert torch.equal(read(tmp_path / "m.safetensors", "a.weight"), values.reshape(24, 64) * 0.125)
 
@@ -124,14 +130,19 @@ def test_nvfp4_as_comfy_kitchen_writes_it(tmp_path: Path) -> None:
 
 def test_unswizzle_inverts_the_documented_order() -> None:
     scales = torch.arange(256 * 8, dtype=torch.float32).reshape(256, 8)
-    tiled = scales.reshape(2, 128, 2, 4).permute(0, 2, 1, 3).reshape(-1, 4, 32, 4).transpose(1, 2).reshape(256, 8)
+    tiled = (
+        scales.reshape(2, 128, 2, 4).permute(0, 2, 1, 3).reshape(-1, 4, 32, 4).transpose(1, 2).reshape(256, 8)
+    )
     assert torch.equal(unswizzle_scales(tiled, 200, 7), scales[:200, :7])
 
 
 def test_plain_fp8_is_a_cast_only_while_nothing_has_scales(tmp_path: Path) -> None:
     save_file({"a.weight": FP8, "b.weight": FP8.clone()}, tmp_path / "m.safetensors")
     assert torch.equal(read(tmp_path / "m.safetensors", "a.weight"), FP8.float())
-    save_file({"a.weight": FP8, "a.weight_scale": torch.tensor(2.0), "b.weight": FP8.clone()}, tmp_path / "m.safetensors")
+    save_file(
+        {"a.weight": FP8, "a.weight_scale": torch.tensor(2.0), "b.weight": FP8.clone()},
+        tmp_path / "m.safetensors",
+    )
     with pytest.raises(ValidationError, match=r"b\.weight"):
         read(tmp_path / "m.safetensors", "a.weight")
 
@@ -154,7 +165,10 @@ def test_plain_fp8_is_a_cast_only_while_nothing_has_scales(tmp_path: Path) -> No
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(tmp_path: Path, tensors: Any, config: Any, named: str) -> None:
     save_file(tensors, tmp_path / "m.safetensors")
-    with UnifiedSafetensorsLoader(tmp_path / "m.safetensors") as reader, pytest.raises(ValidationError, match=named):
+    with (
+        UnifiedSafetensorsLoader(tmp_path / "m.safetensors") as reader,
+        pytest.raises(ValidationError, match=named),
+    ):
         resolve_sources(reader, config)
 
 

@@ -58,7 +58,11 @@ def test_first_pattern_wins_and_fullmatch_takes_the_whole_name() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "name"),
-    [({"format": "int8"}, "int8_row"), ({"format": "int8", "block_size": 64}, "int8_block"), ({"format": "FP8"}, "fp8_e4m3")],
+    [
+        ({"format": "int8"}, "int8_row"),
+        ({"format": "int8", "block_size": 64}, "int8_block"),
+        ({"format": "FP8"}, "fp8_e4m3"),
+    ],
 )
 def test_short_format_names(rule: dict[str, Any], name: str) -> None:
     config = LayerConfig.from_mapping({"layer_patterns": {"x": rule}})

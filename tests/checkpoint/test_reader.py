@@ -131,8 +131,14 @@ print((peak() - before) // 1024)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs procfs")
 def test_low_memory_follows_the_largest_tensor_not_the_file(tmp_path: Path) -> None:
-    save_file({f"w{i}": torch.zeros(1024, 4096, dtype=torch.bfloat16) for i in range(40)}, tmp_path / "m.safetensors")
+    save_file(
+        {f"w{i}": torch.zeros(1024, 4096, dtype=torch.bfloat16) for i in range(40)},
+        tmp_path / "m.safetensors",
+    )
     done = subprocess.run(
-        [sys.executable, "-c", READ_ALL, str(tmp_path / "m.safetensors")], check=True, capture_output=True, text=True
+        [sys.executable, "-c", READ_ALL, str(tmp_path / "m.safetensors")],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert int(done.stdout) < 100  # the file has 320 MB, a tensor 8

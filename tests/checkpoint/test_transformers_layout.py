@@ -11,12 +11,12 @@ from qwodel.checkpoint.layer_config import LayerConfig
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.transformers_layout import TransformersLayout
 from qwodel.exceptions import ConfigurationError
-from tests.checkpoint.checkpoints import run, sqnr
+from tests.checkpoint.checkpoints import DATA, run, sqnr
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
-STORIES = Path("/work/shared/data/stories15M")
+STORIES = DATA / "stories15M"
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -41,7 +41,9 @@ def load(folder: Path) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_row", "fp8_e4m3_block", "int8_tensor", "int8_row", "int8_block"])
+@pytest.mark.parametrize(
+    "name", ["fp8_e4m3", "fp8_e4m3_row", "fp8_e4m3_block", "int8_tensor", "int8_row", "int8_block"]
+)
 def test_transformers_decodes_to_what_is_reported(llama: Path, tmp_path: Path, name: str) -> None:
     _, quality = run(llama, tmp_path / "out", TransformersLayout(), format=name)
     weights = dict(load(tmp_path / "out").named_parameters())
@@ -92,7 +94,9 @@ def test_several_shards_load(llama: Path, tmp_path: Path) -> None:
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(shards)
-    total = sum(t.numel() * t.element_size() for shard in shards for t in load_file(tmp_path / "out" / shard).values())
+    total = sum(
+        t.numel() * t.element_size() for shard in shards for t in load_file(tmp_path / "out" / shard).values()
+    )
     assert index["metadata"]["total_size"] == total
     load(tmp_path / "out")
 
