@@ -112,7 +112,7 @@ class SteepestDescent(UpdateRule):
     The projection has unit curvature, so lr = 1 is the exact continuous step.
     """
 
-    def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
+    def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         problem = self.problem
         position = best.position - (best.gradient * lr).div_(problem.scale)
         position = position.clamp_(problem.low, problem.high)
@@ -141,7 +141,7 @@ class CoordinateDescent(UpdateRule):
         self._gram = gram + torch.eye(gram.shape[0], device=gram.device) * self._damping
         self._scale = problem.scale.expand(problem.target.shape)
 
-    def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
+    def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         error = (best.codes - self.problem.target) * self.problem.scale
         gradient = best.gradient + error.mul_(self._damping)
         codes = best.codes.clone()

@@ -33,7 +33,7 @@ FORMATS = [name for name, each in STORAGE_FORMATS.items() if each.quantizes]
 
 def expand(scale: torch.Tensor, shape: torch.Size, size: int) -> torch.Tensor:
     """A scale of any granularity as one factor for every weight; written apart from the library's own."""
-    if scale.ndim == 0 or scale.shape[1] == 1 and scale.shape[0] == shape[0]:
+    if scale.ndim == 0 or (scale.shape[1] == 1 and scale.shape[0] == shape[0]):
         return scale
     rows = torch.arange(shape[0]) // size
     cols = torch.arange(shape[1]) // size

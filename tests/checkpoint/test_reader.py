@@ -64,7 +64,7 @@ def test_tensors_outlive_the_loader(tmp_path: Path) -> None:
     weights = llama_weights(1)
     save_file(weights, tmp_path / "m.safetensors")
     with UnifiedSafetensorsLoader(tmp_path / "m.safetensors") as loader:
-        kept = {name: loader.get_tensor(name) for name in loader.keys()}
+        kept = {name: loader.get_tensor(name) for name in loader}
     assert all(torch.equal(kept[name], weights[name]) for name in weights)
 
 
