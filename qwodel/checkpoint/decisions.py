@@ -10,7 +10,7 @@ from enum import StrEnum
 from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.layer_filters import filter_verdict
 from qwodel.checkpoint.recipe import Recipe
-from qwodel.checkpoint.rounding import Nearest, Rounding
+from qwodel.checkpoint.rounding import Nearest, Rounding, default_rounding
 from qwodel.checkpoint.storage_format import StorageFormat, storage_format
 
 __all__ = ["Action", "Decider", "Decision", "conv1d_weights"]
@@ -132,9 +132,10 @@ class Decider:
         return None
 
     def _store(
-        self, source: SourceTensor, wanted: StorageFormat, rounding: Rounding, reason: str
+        self, source: SourceTensor, wanted: StorageFormat, rounding: Rounding | None, reason: str
     ) -> Decision:
         if wanted.quantizes:
+            rounding = rounding or default_rounding(wanted.quant_type, wanted.granularity)
             return Decision(Action.QUANTIZE, reason, wanted, rounding)
         if source.decoder is None and source.dtype == wanted.cast_to:
             return Decision(Action.COPY, f"already {wanted.cast_to}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from qwodel.checkpoint.layer_config import LayerConfig
 from qwodel.checkpoint.layer_filters import validate_filters
-from qwodel.checkpoint.rounding import Nearest, Rounding
+from qwodel.checkpoint.rounding import Rounding
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConfigurationError
 
@@ -25,7 +25,7 @@ class LayerOverride:
 
     pattern: str
     format: StorageFormat
-    rounding: Rounding = field(default_factory=Nearest)
+    rounding: Rounding | None = None
     skip_inefficient: bool = False
 
 
@@ -43,7 +43,7 @@ class Recipe:
 
     Attributes:
         format: what eligible weights become.
-        rounding: how their codes are chosen.
+        rounding: how their codes are chosen; ``None`` takes ``default_rounding`` of each format.
         filters: names in ``MODEL_FILTERS``; ``None`` detects the family from the keys.
         custom_layers: layers with a format of their own.
         exclude_layers: regular expression; matching tensors stay as they are.
@@ -63,12 +63,12 @@ class Recipe:
     """
 
     format: StorageFormat
-    rounding: Rounding = field(default_factory=Nearest)
+    rounding: Rounding | None = None
     filters: tuple[str, ...] | None = None
     custom_layers: LayerOverride | None = None
     exclude_layers: str | None = None
     fallback: StorageFormat | None = None
-    fallback_rounding: Rounding = field(default_factory=Nearest)
+    fallback_rounding: Rounding | None = None
     skip_inefficient_layers: bool = False
     layer_config: LayerConfig | None = None
     layer_config_fullmatch: bool = False

@@ -12,11 +12,12 @@ from typing import Protocol
 
 import torch
 
-from qwodel.algorithms.learned_rounding import RoundingOptions, learn_rounding
+from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
 from qwodel.algorithms.scales import Quantized, quantize, search_scale
+from qwodel.algorithms.weight_rounding import round_weight
 
-__all__ = ["Learned", "Nearest", "Rounding", "ScaleSearch"]
+__all__ = ["Learned", "Nearest", "Rounding", "ScaleSearch", "default_rounding"]
 
 
 class Rounding(Protocol):
@@ -86,4 +87,15 @@ class Learned:
         self, weight: torch.Tensor, quant_type: QuantType, granularity: Granularity, *, layer: str
     ) -> Quantized:
         del layer
-        return learn_rounding(weight, quant_type, granularity, self.options).quantized
+        return round_weight(weight, quant_type, granularity, self.options).quantized
+
+
+def default_rounding(quant_type: QuantType | None, granularity: Granularity) -> Rounding:
+    """Return what serves best without calibration data and at little cost.
+
+    FP8 scales of rows and blocks gain from a search; a smaller INT8 or
+    whole-tensor scale lowers the weights' error but clips the outliers that
+    outputs depend on, so those stay at the absolute maximum.
+    """
+    searched = quant_type is not None and quant_type.is_float and granularity != TENSOR
+    return ScaleSearch() if searched else Nearest()

@@ -88,6 +88,8 @@ class TensorWorker:
                 self._cast(plan, plan.format)
             elif plan.action is Action.QUANTIZE and plan.format and plan.rounding:
                 error = self._quantize(plan, plan.format, plan.rounding)
+            else:
+                raise ConversionError(f"nothing says how to {plan.action} it")
         except QuantizationError as failure:
             raise type(failure)(f"{plan.name}: {failure}", hint=failure.hint) from failure
         except (RuntimeError, MemoryError) as failure:

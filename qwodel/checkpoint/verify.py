@@ -178,7 +178,9 @@ class _Verifier:
             if isinstance(plan.rounding, Nearest):
                 _check_bound(plan, codes, scale, error)
         sqnr = _decibels(signal, noise)
-        if check.squared_error is not None:
+        if not isinstance(plan.rounding, Nearest):
+            if check.squared_error is None:
+                raise IntegrityError(f"nobody reported how {plan.name!r} was rounded")
             reported = _decibels(signal, check.squared_error)
             if not math.isclose(sqnr, reported, abs_tol=_AGREEMENT_DB):
                 raise IntegrityError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qwodel.int8.constants import COMPUTE_DTYPE, INT8_SYMMETRIC_MAX, SCALE_DTYPE, TARGET_INT8_DTYPE
+from qwodel.int8.convert import Int8Conversion, convert_to_int8
 from qwodel.int8.learned_rounding import LearnedRoundingConverter
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ __all__ = [
     "MODEL_FILTERS",
     "SCALE_DTYPE",
     "TARGET_INT8_DTYPE",
+    "Int8Conversion",
     "LearnedRoundingConverter",
+    "convert_to_int8",
 ]
 
 

@@ -20,7 +20,7 @@ from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.executor import ProcessExecutor, make_executor
 from qwodel.checkpoint.plan import build_plan
 from qwodel.checkpoint.recipe import Recipe
-from qwodel.checkpoint.rounding import ScaleSearch
+from qwodel.checkpoint.rounding import Nearest, Rounding, ScaleSearch
 from qwodel.checkpoint.storage_format import STORAGE_FORMATS, storage_format
 from qwodel.checkpoint.transformers_layout import TransformersLayout
 from qwodel.checkpoint.verify import verify
@@ -214,10 +214,12 @@ def test_files_keep_wide_dtypes_aligned(tmp_path: Path) -> None:
             assert file.offsets[tensor.name] % itemsize == 0
 
 
+@pytest.mark.parametrize("rounding", [Nearest(), ScaleSearch()])
 @pytest.mark.parametrize("victim", ["codes", "scale", "copy", "description"])
-def test_a_flipped_byte_is_found(tmp_path: Path, victim: str) -> None:
+def test_a_flipped_byte_is_found(tmp_path: Path, victim: str, rounding: Rounding) -> None:
     save_file(llama_weights(1), tmp_path / "in.safetensors")
-    plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
+    recipe = Recipe(format=storage_format("int8_row"), rounding=rounding)
+    plan = build_plan(tmp_path / "in.safetensors", recipe, ComfyUILayout())
     conversion = convert(plan, tmp_path / "out.safetensors")
     layer = "model.layers.0.mlp.down_proj"
     name = {
