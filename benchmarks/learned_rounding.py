@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from qwodel.algorithms.grid import round_to_grid
 from qwodel.algorithms.objectives import GramObjective, ProjectedObjective, top_singular_vectors
-from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW, TENSOR, Granularity
+from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW, TENSOR, Granularity, QuantType
 from qwodel.algorithms.scales import quantize
 from qwodel.evaluation.quality import QualityReporter
 from qwodel.fp8 import LearnedRoundingConverter as Fp8Converter
@@ -35,7 +36,8 @@ LINEARS = {"q": "attn_q", "o": "attn_output", "gate": "ffn_gate", "down": "ffn_d
 MODULES = {"q": "self_attn.q_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"}
 PEER_LINEARS = ("L0.q", "L15.q", "L15.gate", "L15.down")
 
-Method = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Method = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""From a weight and perhaps a Gram matrix to the dequantized weight and one scale for each weight."""
 
 
 @dataclass
@@ -92,11 +94,30 @@ def gram_matrices(gguf_path: Path, text: Path, tokens: int) -> dict[str, torch.T
 
 
 def ours(converter: Fp8Converter | Int8Converter, *, data: bool) -> Method:
-    return lambda weight, gram: converter.convert(weight, gram=gram if data else None)[2]
+    def run(weight: torch.Tensor, gram: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        _, scale, dequantized = converter.convert(weight, gram=gram if data else None)
+        if scale.ndim == 3:
+            scale = scale[:, :, 0].repeat_interleave(64, dim=1)
+        return dequantized, scale
+
+    return run
 
 
-def nearest(quant_type, granularity: Granularity) -> Method:
-    return lambda weight, _gram: quantize(weight, quant_type, granularity).dequantize()
+def nearest(quant_type: QuantType, granularity: Granularity) -> Method:
+    def run(weight: torch.Tensor, _gram: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        quantized = quantize(weight, quant_type, granularity)
+        return quantized.dequantize(), quantized.scale
+
+    return run
+
+
+def share_changed(weight: torch.Tensor, dequantized: torch.Tensor, scale: torch.Tensor) -> float:
+    """Share of weights that are not at the grid point nearest to them, for the method's own scale."""
+    kind = (
+        INT8 if bool(((dequantized / scale).round() - dequantized / scale).abs().max() < 1e-3) else FP8_E4M3
+    )
+    codes = round_to_grid(weight.float() / scale, kind)
+    return float(((codes - dequantized / scale).abs() > 1e-3 * codes.abs()).float().mean())
 
 
 def methods() -> dict[str, tuple[str, Method]]:
@@ -127,9 +148,10 @@ def peer(folder: Path, iterations: int) -> Method:
             lr_schedule="adaptive", device="cpu",
         )  # fmt: skip
 
-    def run(weight: torch.Tensor, _gram: torch.Tensor | None) -> torch.Tensor:
+    def run(weight: torch.Tensor, _gram: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return converter.convert(weight)[2]
+            _, scale, dequantized = converter.convert(weight)[:3]
+        return dequantized.float(), scale.reshape(()).float()
 
     return run
 
@@ -139,9 +161,9 @@ def measure(
     heldout: torch.Tensor | None,
 ) -> None:  # fmt: skip
     start = time.perf_counter()
-    dequantized = method(weight, gram).float()
+    dequantized, scale = method(weight, gram)
     seconds = time.perf_counter() - start
-    reference = base(weight, gram)
+    reference, _ = base(weight, gram)
     quality = QualityReporter().add_layer(label, weight, dequantized, gram=heldout)
     left, right = top_singular_vectors(
         weight.float(), top_p=0.01, min_k=1, max_k=16, full_matrix=True, generator=torch.Generator()
@@ -156,7 +178,7 @@ def measure(
         score.output_objective += total[0] / total[1]
     score.weight += quality.weight_sqnr
     score.output += quality.output_sqnr or 0.0
-    score.changed += float((dequantized != reference).float().mean())
+    score.changed += share_changed(weight, dequantized, scale)
     score.seconds += seconds
     score.slowest = max(score.slowest, seconds)
 
