@@ -45,6 +45,8 @@ class RoundingOptions:
         num_iter: the most iterations; 0 rounds to nearest.
         top_p, min_k, max_k, full_matrix: how many singular vectors the projected objective
             looks at, and whether they come from a full SVD.
+        weight_price: how much projected loss² a change of code must save for each unit of
+            ‖Ŵ−W‖² it adds; 0 looks at the projected loss alone. Unused with a Gram matrix.
         schedule: the learning rate.
         early_stop_loss: stop when the loss is below this share of round-to-nearest's.
         early_stop_lr: stop when the learning rate is below.
@@ -58,6 +60,7 @@ class RoundingOptions:
     min_k: int = 1
     max_k: int = 16
     full_matrix: bool = False
+    weight_price: float = 0.5
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     early_stop_loss: float = 0.03
     early_stop_lr: float = 1e-8
@@ -72,6 +75,8 @@ class RoundingOptions:
             raise ConfigurationError(
                 f"early_stop_stall counts iterations, so it is at least 1: {self.early_stop_stall}"
             )
+        if self.weight_price < 0:
+            raise ConfigurationError(f"weight_price cannot be negative: {self.weight_price}")
         if self.early_stop_loss < 0 or self.early_stop_lr < 0:
             raise ConfigurationError("early_stop_loss and early_stop_lr cannot be negative")
         if not 0 < self.top_p <= 1:
@@ -178,7 +183,7 @@ def _problem(
             full_matrix=options.full_matrix,
             generator=torch.Generator().manual_seed(options.seed),
         )
-        statistics = ProjectedObjective(left, right)
+        statistics = ProjectedObjective(left, right, options.weight_price)
     return Problem(target, scale, nearest.quant_type, statistics)
 
 

@@ -18,6 +18,9 @@ __all__ = ["ChannelObjective", "GramObjective", "Objective", "ProjectedObjective
 class Objective(ABC):
     """A quadratic form of the weight error."""
 
+    weight_price: float = 0.0
+    """How much loss² a gradient rule must save for each unit it adds to ‖E‖²."""
+
     @abstractmethod
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of each part, fp64 ``[parts]``, and the gradient ∂f/∂E, fp32 ``[M, N]``."""
@@ -33,10 +36,13 @@ class ProjectedObjective(Objective):
     Args:
         left: ``[M, k]`` orthonormal columns U_k.
         right: ``[N, k]`` orthonormal columns V_k.
+        weight_price: see :attr:`Objective.weight_price`. The directions are a guess at what
+            matters: without a price, their share of the error is removed by adding as much elsewhere.
     """
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, weight_price: float = 0.0) -> None:
         self.left, self.right = left, right
+        self.weight_price = weight_price
 
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         projected = self.left.T @ (error @ self.right)

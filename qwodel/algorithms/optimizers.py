@@ -47,10 +47,18 @@ class Problem:
         return Iterate(position, codes, gradient, loss)
 
     def round(self, position: torch.Tensor, current: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Round a position, leaving out each change of code that by itself raises the loss."""
+        """Round a position, leaving out each change of code that by itself raises the loss.
+
+        What a change adds to ‖E‖² counts ``objective.weight_price`` times as much as the loss.
+        """
         codes = round_to_grid(position, self.quant_type)
         change = (codes - current).mul_(self.scale)
-        rise = (change * self.curvature).add_(gradient, alpha=2.0).mul_(change)
+        rise = (change * self.curvature).add_(gradient, alpha=2.0)
+        price = self.objective.weight_price
+        if price:
+            drift = (codes + current).sub_(self.target, alpha=2.0).mul_(self.scale)  # 2E + change
+            rise.add_(drift, alpha=price)
+        rise.mul_(change)
         return torch.where(rise < 0, codes, current)
 
 

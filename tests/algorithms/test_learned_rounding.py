@@ -107,6 +107,20 @@ def test_never_worse_than_nearest_for_any_weight(weight, quant_type, granularity
     assert whole.loss <= whole.nearest_loss * (1 + 1e-6)
 
 
+def test_a_price_on_weight_error_buys_back_weight_sqnr():
+    weight = torch.randn(96, 130, generator=torch.Generator().manual_seed(3))
+    base = RoundingOptions(num_iter=200, top_p=0.3, max_k=99)
+    errors, losses = [], []
+    for price in (0.0, 0.5, 5.0):
+        result = learn_rounding(weight, INT8, ROW, replace(base, weight_price=price))
+        errors.append(float((result.quantized.dequantize() - weight).norm()))
+        losses.append(result.loss)
+    assert errors == sorted(errors, reverse=True)
+    assert losses == sorted(losses)
+    nearest = float((quantize(weight, INT8, ROW).dequantize() - weight).norm())
+    assert errors[1] < nearest * 1.03
+
+
 @EACH_RULE
 def test_an_exact_start_stops_at_once(options):
     weight = torch.randint(-127, 128, (32, 40), generator=torch.Generator().manual_seed(0)).float()
@@ -229,6 +243,7 @@ def test_not_finite_weights_are_refused(call):
         {"min_k": 5, "max_k": 4},
         {"early_stop_stall": 0},
         {"early_stop_loss": -1.0},
+        {"weight_price": -1.0},
         {"optimizer": "adam"},
     ],
 )
@@ -294,7 +309,7 @@ def test_every_schedule_lowers_the_loss(schedule):
 
 def test_early_stops_stop_early():
     weight = heavy(96, 96)
-    base = RoundingOptions(num_iter=200, top_p=0.1, max_k=8, early_stop_loss=0.0)
+    base = RoundingOptions(num_iter=200, top_p=0.1, max_k=8, early_stop_loss=0.0, weight_price=0.0)
     runs = {
         "loss": replace(base, early_stop_loss=0.5),
         "stall": replace(base, early_stop_stall=1),

@@ -146,8 +146,9 @@ def test_same_bits_for_any_chunk_size_and_thread_count(monkeypatch, quant_type, 
         torch.set_num_threads(threads)
         monkeypatch.setattr(tiles.row_chunks, "__defaults__", (elements,))
         scale = search_scale(weight, quant_type, granularity)
-        with_gram = search_scale(weight[:40], quant_type, granularity, gram=gram, candidates=2)
         quantized = quantize(weight, quant_type, granularity)
+        monkeypatch.setattr(tiles.row_chunks, "__defaults__", (1 << 18,))  # products keep their chunks
+        with_gram = search_scale(weight[:40], quant_type, granularity, gram=gram, candidates=2)
         results.append(
             (scale, with_gram, quantized.scale, quantized.codes.view(torch.uint8), quantized.dequantize())
         )
