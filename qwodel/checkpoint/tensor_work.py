@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from qwodel.exceptions import ConversionError, QuantizationError, ValidationErro
 __all__ = ["TensorResult", "TensorWorker", "WorkerFactory", "weight_rows"]
 
 _COPY_BYTES = 8 << 20
+_KEEP_ELEMENTS = 64 << 20  # a weight up to this size is read once, not once for each pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +134,26 @@ class TensorWorker:
     ) -> None:
         assert wanted.quant_type is not None
         granularity = wanted.granularity
-        shared = self._tensor_scale(plan, wanted) if granularity == TENSOR else None
+        kept: dict[int, torch.Tensor] = {}
+        shared = self._tensor_scale(plan, wanted, kept) if granularity == TENSOR else None
         scales, place = [], 0
         for start, stop in row_slabs(plan.source.shape, granularity.block_rows or 1):
-            rows = weight_rows(self._reader, plan, start, stop)
+            rows = kept.pop(start) if start in kept else weight_rows(self._reader, plan, start, stop)
             done = quantize(rows, wanted.quant_type, granularity, shared)
             scales.append(done.scale)
             place += self._writer.write(codes.name, done.codes, place)
         self._writer.write(scale.name, shared if shared is not None else torch.cat(scales))
 
-    def _tensor_scale(self, plan: TensorPlan, wanted: StorageFormat) -> torch.Tensor:
+    def _tensor_scale(
+        self, plan: TensorPlan, wanted: StorageFormat, kept: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """The whole tensor's absmax scale; slabs of a weight that fits go into ``kept`` for the second pass."""
         assert wanted.quant_type is not None
         scales = []
         for start, stop in row_slabs(plan.source.shape):
             rows = weight_rows(self._reader, plan, start, stop)
+            if math.prod(plan.source.shape) <= _KEEP_ELEMENTS:
+                kept[start] = rows
             scale = absmax_scale(rows, wanted.quant_type, TENSOR)
             # A slab of zeros has the scale 1, which says nothing about the rest.
             if float(scale) != 1.0 or bool(rows.any()):
