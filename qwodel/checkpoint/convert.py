@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,14 @@ def convert(
     work.sort(key=lambda each: -each.output_bytes)
     factory = WorkerFactory(plan.source, plan.files, paths)
     done, errors, finished = 0, {}, set()
-    for result in (executor or SerialExecutor()).run(factory, work):
-        done += result.source_bytes
-        finished.add(result.name)
-        if result.squared_error is not None:
-            errors[result.name] = result.squared_error
-        progress.update(done, total, result.name)
+    # An error's traceback would keep the generator, and its processes, alive.
+    with closing((executor or SerialExecutor()).run(factory, work)) as results:
+        for result in results:
+            done += result.source_bytes
+            finished.add(result.name)
+            if result.squared_error is not None:
+                errors[result.name] = result.squared_error
+            progress.update(done, total, result.name)
     if missing := {each.name for each in work} - finished:
         raise IntegrityError(f"{len(missing)} tensors were not written: {min(missing)!r} …")
     _finish(plan, destination, paths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
@@ -31,18 +31,23 @@ class Worker(AbstractContextManager[Any], Protocol[TaskT_contra, ResultT_co]):
 
 
 class Executor(Protocol):
-    """Runs every task through a worker and yields results as they come, in any order."""
+    """Runs every task through a worker and yields results as they come, in any order.
+
+    Closing the generator stops the work.
+    """
 
     def run(
         self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
-    ) -> Iterator[ResultT]: ...
+    ) -> Generator[ResultT, None, None]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SerialExecutor:
     """One task after another, here."""
 
-    def run(self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]) -> Iterator[ResultT]:
+    def run(
+        self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]:
         with factory() as worker:
             for task in tasks:
                 yield worker(task)
@@ -62,7 +67,9 @@ class ProcessExecutor:
         if self.workers < 1:
             raise ConfigurationError(f"workers is a positive number, not {self.workers}")
 
-    def run(self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]) -> Iterator[ResultT]:
+    def run(
+        self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]:
         """See :class:`Executor`.
 
         ``factory``, tasks and results must pickle.

@@ -16,7 +16,7 @@ from qwodel.exceptions import ConfigurationError
 __all__ = ["DEFAULT_SHARD_SIZE", "LayerOverride", "LoraSource", "Recipe"]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
-"""Bytes of a shard, header included."""
+"""Tensor bytes of a shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Recipe:
         loras: merged in this order.
         dampen_loras: the k-th LoRA (from 0) counts 0.9^k.
         allow_unmatched_loras: LoRA layers that fit no tensor are skipped, not an error.
-        max_shard_size: bytes of an output shard, for layouts that shard.
+        max_shard_size: tensor bytes of an output shard, for layouts that shard.
     """
 
     format: StorageFormat

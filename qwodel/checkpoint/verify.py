@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -93,11 +94,12 @@ def verify(
     _check_files(plan, conversion.destination)
     done, total, measured = 0, plan.source_bytes, {}
     factory = _VerifierFactory(plan.source, conversion.destination)
-    for result in (executor or SerialExecutor()).run(factory, checks):
-        done += result.source_bytes
-        if result.quality:
-            measured[result.quality.name] = result.quality
-        progress.update(done, total, result.quality.name if result.quality else "")
+    with closing((executor or SerialExecutor()).run(factory, checks)) as results:
+        for result in results:
+            done += result.source_bytes
+            if result.quality:
+                measured[result.quality.name] = result.quality
+            progress.update(done, total, result.quality.name if result.quality else "")
     return tuple(measured[each.name] for each in plan.tensors if each.name in measured)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -285,6 +286,21 @@ def test_a_callback_that_raises_cancels(tmp_path: Path) -> None:
             progress=Progress(callback, {"quantize": 1}),
             executor=make_executor(2),
         )
+
+
+def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
+    save_file(llama_weights(1), tmp_path / "in.safetensors")
+
+    def callback(percent: int, stage: str, message: str) -> None:
+        if percent > 20:
+            raise KeyboardInterrupt
+
+    plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
+    progress = Progress(callback, {"quantize": 1})
+    with pytest.raises(KeyboardInterrupt) as caught:
+        convert(plan, tmp_path / "out.safetensors", progress=progress, executor=make_executor(2))
+    assert not multiprocessing.active_children()
+    assert caught.value.__traceback__ is not None
 
 
 def test_progress_counts_bytes_up_to_the_end_of_the_stage(tmp_path: Path) -> None:
