@@ -106,7 +106,8 @@ def ours(converter: Fp8Converter | Int8Converter, *, data: bool) -> Method:
 def nearest(quant_type: QuantType, granularity: Granularity) -> Method:
     def run(weight: torch.Tensor, _gram: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         quantized = quantize(weight, quant_type, granularity)
-        return quantized.dequantize(), quantized.scale
+        scale = quantized.scale.repeat_interleave(64, dim=1) if granularity.is_block else quantized.scale
+        return quantized.dequantize(), scale
 
     return run
 
