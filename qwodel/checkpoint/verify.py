@@ -242,8 +242,9 @@ def _check_bound(plan: TensorPlan, codes: torch.Tensor, scale: torch.Tensor, err
         )
     else:
         excess.sub_(0.5)
-    # What fp32 division and product add grows with the code.
-    if bool((excess > codes.abs_().mul_(1e-6).add_(1e-5 * quant_type.smallest_step)).any()):
+    # What fp32 division and product add grows with the code; a merge summed in another order adds more.
+    slack = 1e-2 if plan.loras else 1e-5
+    if bool((excess > codes.abs_().mul_(1e-6).add_(slack * quant_type.smallest_step)).any()):
         raise IntegrityError(f"{plan.name!r} holds codes that are not the nearest to its weights")
 
 
