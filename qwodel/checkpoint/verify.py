@@ -243,8 +243,8 @@ def _check_bound(plan: TensorPlan, codes: torch.Tensor, scale: torch.Tensor, err
     else:
         excess.sub_(0.5)
     # What fp32 division and product add grows with the code; a merge summed in another order adds more.
-    slack = 1e-2 if plan.loras else 1e-5
-    if bool((excess > codes.abs_().mul_(1e-6).add_(slack * quant_type.smallest_step)).any()):
+    slack = 1e-5 * (quant_type.qmax if plan.loras else quant_type.smallest_step)
+    if bool((excess > codes.abs_().mul_(1e-6).add_(slack)).any()):
         raise IntegrityError(f"{plan.name!r} holds codes that are not the nearest to its weights")
 
 
