@@ -97,10 +97,14 @@ def test_describing_reads_only_remote_headers(hub: Hub) -> None:
 
 
 def _ranges(hub: Hub) -> list[str]:
-    return [header for method, path, header in hub.requests if method == "GET" and path.endswith(".safetensors")]
+    return [
+        header for method, path, header in hub.requests if method == "GET" and path.endswith(".safetensors")
+    ]
 
 
-def test_a_line_that_goes_dead_is_taken_up_where_it_stopped(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_goes_dead_is_taken_up_where_it_stopped(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
     hub.cut_after = 50_000

@@ -130,7 +130,6 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
 
 def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) -> dict[str, Any]:
     worst = sorted(quality, key=lambda layer: layer.sqnr_db)
-    finite = [layer.sqnr_db for layer in quality if math.isfinite(layer.sqnr_db)]
     return {
         "bits_per_weight": round(plan.weight_bytes * 8 / max(source.parameters, 1), 3),
         "layout": plan.layout.name,
@@ -149,9 +148,9 @@ def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) 
             **{each.name: each.reason for each in plan.tensors if not each.outputs},
             **plan.dropped,
         },
-        "sqnr_db": {"mean": round(sum(finite) / len(finite), 2), "min": round(min(finite), 2)}
-        if finite
-        else {},
+        "sqnr_db": {
+            layer.name: round(layer.sqnr_db, 2) if math.isfinite(layer.sqnr_db) else None for layer in quality
+        },
         "worst_layers": [layer.name for layer in worst[:_WORST_LAYERS]],
         "quality": [layer.as_dict() for layer in quality],
         "warnings": list(plan.warnings),
