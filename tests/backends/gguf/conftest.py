@@ -1,0 +1,52 @@
+"""llama.cpp by hand: what our path is compared with."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+
+
+def quantize_by_hand(source: Path, target: Path, ftype: int, **fields: Any) -> None:
+    """Call ``llama_model_quantize`` with its defaults but for ``ftype`` and ``fields``."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = ftype
+    for name, value in fields.items():
+        setattr(params, name, value)
+    assert (
+        llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
+    )
+
+
+def logits(model: Path, text: bytes, *, context: int = 256) -> np.ndarray:
+    """Return llama.cpp's log-probabilities [tokens, vocabulary] of ``text``."""
+    llama = llama_cpp.Llama(str(model), n_ctx=context, logits_all=True, verbose=False)
+    tokens = llama.tokenize(text)[:context]
+    llama.eval(tokens)
+    scores = np.array(llama.scores[: len(tokens)], np.float64)
+    llama.close()
+    scores -= scores.max(axis=-1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+
+
+def greedy(model: Path, prompt: str, count: int) -> str:
+    """Return ``count`` greedy tokens after ``prompt``."""
+    llama = llama_cpp.Llama(str(model), n_ctx=256, verbose=False)
+    reply: Any = llama.create_completion(prompt, max_tokens=count, temperature=0.0)
+    llama.close()
+    return str(reply["choices"][0]["text"])
+
+
+@pytest.fixture(scope="session")
+def stories_gguf(stories15m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories15M as the float32 GGUF the converter makes of it, published by ``keep_intermediate``."""
+    from qwodel import Quantizer
+
+    folder = tmp_path_factory.mktemp("stories")
+    quantizer = Quantizer("gguf", stories15m, folder, keep_intermediate=True)
+    quantizer.quantize("Q8_0")
+    return Path(quantizer.get_model_info()["intermediate"])
