@@ -10,7 +10,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -138,31 +138,45 @@ class HubModel:
 
         Safetensors are preferred; other weights are fetched only where there are none.
         """
-        from huggingface_hub import snapshot_download
-
         with _explained(self.repo, self.revision):
-            patterns = self._patterns(progress)
-            folder = Path(
-                snapshot_download(
-                    self.repo,
-                    revision=self.revision,
-                    token=self.token,
-                    allow_patterns=patterns,
-                    local_files_only=self._info is None,
-                    tqdm_class=_bar_class(progress, self.repo),
-                )
+            folder = (
+                self._from_cache()
+                if self._info is None
+                else self._download(self._patterns(progress), progress)
             )
         return inspect_source(
             folder, given=self.repo, name=self.repo.rsplit("/", 1)[-1], revision=folder.name
         )
 
+    def _download(self, patterns: list[str], progress: Progress | None) -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                self.repo,
+                revision=self.revision,
+                token=self.token,
+                allow_patterns=patterns,
+                local_files_only=progress is None,
+                tqdm_class=_bar_class(progress, self.repo) if progress else None,
+            )
+        )
+
+    def _from_cache(self) -> Path:
+        """Return the snapshot in the cache that is whole for the first kind of weights."""
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        for pattern in _WEIGHTS:
+            with suppress(LocalEntryNotFoundError):
+                folder = self._download([*_SIDE_FILES, pattern], None)
+                if any(folder.glob(pattern)):
+                    return folder
+        raise LocalEntryNotFoundError(f"{self.repo} is not in the cache")
+
     def _patterns(self, progress: Progress) -> list[str]:
         """Choose which files to fetch, and refuse at once what the disk cannot hold."""
         from huggingface_hub import constants
 
-        progress.update(0, 1, f"looking up {self.repo}")
-        if self._info is None:
-            return [*_SIDE_FILES, *_WEIGHTS]
         sizes = {file.rfilename: file.size or 0 for file in self._info.siblings or []}
         chosen = _weight_files(sizes)
         if not chosen:
@@ -199,13 +213,15 @@ def _bar_class(progress: Progress, repo: str) -> type[Any]:
             super().__init__(*args, **kwargs)
 
         def display(self, *_args: Any, **_kwargs: Any) -> bool:
-            if self.unit == "B" and self.total:
-                progress.update(
-                    self.n,
-                    self.total,
-                    f"downloading {repo}: {self.n / 1e6:,.0f} of {self.total / 1e6:,.0f} MB",
-                )
             return True
+
+        def update(self, n: float | None = 1) -> bool | None:
+            # Not in display(): tqdm holds a lock there that an exception would never give back.
+            shown: bool | None = super().update(n)
+            if self.unit == "B" and self.total:
+                done, total = self.n / 1e6, self.total / 1e6
+                progress.update(done, total, f"downloading {repo}: {done:,.1f} of {total:,.1f} MB")
+            return shown
 
     return Bar
 

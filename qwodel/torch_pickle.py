@@ -83,6 +83,10 @@ def read_pickled_tensors(path: str | os.PathLike[str]) -> dict[str, PickledTenso
             f"{path} is a damaged torch checkpoint ({error})", hint="download or save the file again"
         ) from error
     except pickle.UnpicklingError as error:
+        if "truncated" in str(error):
+            raise IntegrityError(
+                f"{path} is a truncated torch checkpoint", hint="download or save the file again"
+            ) from error
         raise ValidationError(
             f"{path} cannot be read safely: {error}",
             hint="only checkpoints of plain tensors are opened; save the state dict as safetensors",

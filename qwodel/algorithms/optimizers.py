@@ -1,0 +1,281 @@
+"""Update rules of learned rounding: from one rounded iterate to the next proposal.
+
+The loop and its acceptance test are shared (:mod:`qwodel.algorithms.learned_rounding`);
+a rule only proposes. Gradient rules move a continuous position between the two grid
+neighbours of each weight and round it; the coordinate rule picks codes directly.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwodel.algorithms.grid import grid_neighbours, round_to_grid
+from qwodel.algorithms.objectives import GramObjective, Objective
+from qwodel.algorithms.quant_types import QuantType
+from qwodel.exceptions import ConfigurationError, DependencyError, did_you_mean
+
+__all__ = ["RULES", "Iterate", "Problem", "UpdateRule", "update_rule"]
+
+_DAMPING = 0.1  # of a Gram matrix's mean diagonal
+
+
+class Problem:
+    """What stays fixed while a matrix is rounded.
+
+    Attributes:
+        target: fp32 ``[M, N]`` weights divided by their scale.
+        scale: fp32 scale broadcastable to ``[M, N]``, in units that keep losses in range.
+        low, high: grid neighbours of ``target``.
+    """
+
+    def __init__(
+        self, target: torch.Tensor, scale: torch.Tensor, quant_type: QuantType, objective: Objective
+    ) -> None:
+        self.target, self.scale = target, scale
+        self.quant_type, self.objective = quant_type, objective
+        self.low, self.high = grid_neighbours(target, quant_type)
+        self.curvature = objective.curvature()
+
+    def iterate(self, position: torch.Tensor, codes: torch.Tensor) -> Iterate:
+        """Measure rounded codes."""
+        loss, gradient = self.objective.evaluate((codes - self.target) * self.scale)
+        return Iterate(position, codes, gradient, loss)
+
+    def round(self, position: torch.Tensor, current: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Round a position, leaving out each change of code that by itself raises the loss.
+
+        What a change adds to ‖E‖² counts ``objective.weight_price`` times as much as the loss.
+        """
+        codes = round_to_grid(position, self.quant_type)
+        change = (codes - current).mul_(self.scale)
+        rise = (change * self.curvature).add_(gradient, alpha=2.0)
+        price = self.objective.weight_price
+        if price:
+            drift = (codes + current).sub_(self.target, alpha=2.0).mul_(self.scale)  # 2E + change
+            rise.add_(drift, alpha=price)
+        rise.mul_(change)
+        return torch.where(rise < 0, codes, current)
+
+
+@dataclass(frozen=True, slots=True)
+class Iterate:
+    """A rounded matrix and what the objective says about it.
+
+    Attributes:
+        position: fp32 ``[M, N]``, the continuous point that was rounded.
+        codes: fp32 ``[M, N]`` values on the grid.
+        gradient: fp32 ``[M, N]``, ∂f/∂E at the codes.
+        loss: fp64 ``[parts]``.
+    """
+
+    position: torch.Tensor
+    codes: torch.Tensor
+    gradient: torch.Tensor
+    loss: torch.Tensor
+
+    def keep_better(self, other: Iterate) -> Iterate:
+        """Part by part, whichever of the two has the smaller loss."""
+        better = other.loss < self.loss
+        if bool(better.all()):
+            return other
+        if not bool(better.any()):
+            return self
+        rows = better[:, None]
+        return Iterate(
+            torch.where(rows, other.position, self.position),
+            torch.where(rows, other.codes, self.codes),
+            torch.where(rows, other.gradient, self.gradient),
+            torch.where(better, other.loss, self.loss),
+        )
+
+
+class UpdateRule(ABC):
+    """Proposes the next position and codes of one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    persistence: int | None = None
+    """Iterations without a worthwhile gain after which this rule has none left; ``None``: no limit."""
+
+    @abstractmethod
+    def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next position and codes, both fp32 ``[M, N]``.
+
+        Args:
+            best: the best iterate so far.
+            latest: the last one that was measured.
+            lr: the schedule's learning rate.
+        """
+
+
+class SteepestDescent(UpdateRule):
+    """``original`` on the projected objective: Q ← Q − lr · U_k U_kᵀ(Ŵ−W)V_k V_kᵀ.
+
+    The projection has unit curvature, so lr = 1 is the exact continuous step.
+    """
+
+    def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        problem = self.problem
+        position = best.position - (best.gradient * lr).div_(problem.scale)
+        position = position.clamp_(problem.low, problem.high)
+        return position, problem.round(position, best.codes, best.gradient)
+
+
+class CoordinateDescent(UpdateRule):
+    """``original`` on a Gram matrix: one sweep that sets each column to its exact best codes.
+
+    Column j of all rows goes to round(ŵ_j − (E H)_j / H_jj), and the gradient of the rest
+    follows in blocks of columns (the quadratic form is that of Frantar & Alistarh, OBC,
+    https://arxiv.org/abs/2208.11580). Its steps are exact, so the learning rate has no part
+    in it. The matrix is damped by a tenth of its mean diagonal: less fits the calibration
+    tokens better and other tokens worse.
+    """
+
+    persistence = 1
+    _BLOCK = 64
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        if not isinstance(problem.objective, GramObjective):
+            raise ConfigurationError("coordinate descent needs a Gram matrix")
+        gram = problem.objective.gram
+        self._damping = float(gram.diagonal().mean()) * _DAMPING
+        self._gram = gram + torch.eye(gram.shape[0], device=gram.device) * self._damping
+        self._scale = problem.scale.expand(problem.target.shape)
+
+    def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        error = (best.codes - self.problem.target) * self.problem.scale
+        gradient = best.gradient + error.mul_(self._damping)
+        codes = best.codes.clone()
+        columns = codes.shape[1]
+        for start in range(0, columns, self._BLOCK):
+            block = slice(start, min(start + self._BLOCK, columns))
+            change = self._sweep_block(codes, gradient, block)
+            if block.stop < columns:
+                gradient[:, block.stop :].addmm_(change.T, self._gram[block, block.stop :])
+        return codes, codes
+
+    def _sweep_block(self, codes: torch.Tensor, gradient: torch.Tensor, block: slice) -> torch.Tensor:
+        """Settle the columns of a block in ``codes``; returns the change of Ŵ, ``[block, M]``."""
+        gram = self._gram[block, block].contiguous()
+        slope = gradient[:, block].T.contiguous()
+        scale = self._scale[:, block].T.contiguous()
+        value = codes[:, block].T.contiguous()
+        change = torch.empty_like(value)
+        for j in range(value.shape[0]):
+            wanted = value[j] - slope[j] / (scale[j] * gram[j, j])
+            settled = round_to_grid(wanted, self.problem.quant_type)
+            change[j] = (settled - value[j]) * scale[j]
+            value[j] = settled
+            slope[j + 1 :].addr_(gram[j, j + 1 :], change[j])
+        codes[:, block] = value.T
+        return change
+
+
+class TorchOptimizer(UpdateRule):
+    """A ``torch.optim`` optimizer on the displacement from the weight, in grid steps.
+
+    Weight decay, where the optimizer has it, pulls towards the unrounded weight.
+
+    Args:
+        problem: the matrix.
+        build: makes the optimizer of one parameter.
+        own_rate: the optimizer estimates its own rate and follows its own path: of the
+            schedule only reductions count. Otherwise it restarts from the best iterate.
+    """
+
+    def __init__(
+        self, problem: Problem, build: Callable[[list[torch.Tensor]], Any], *, own_rate: bool = False
+    ) -> None:
+        super().__init__(problem)
+        self._step = (problem.high - problem.low).clamp_(min=problem.quant_type.smallest_step)
+        self._displacement = torch.zeros_like(problem.target, requires_grad=True)
+        self._optimizer = build([self._displacement])
+        self._own_rate = own_rate
+        self._first_lr: float | None = None
+
+    def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        problem, displacement = self.problem, self._displacement
+        origin = latest if self._own_rate else best
+        with torch.no_grad():
+            displacement.copy_((origin.position - problem.target) / self._step)
+        slope = origin.gradient * problem.scale * self._step
+        # Only ratios of gradients count, and a mean square of 1 keeps epsilon out of them.
+        displacement.grad = slope / slope.double().square().mean().sqrt().clamp_(min=1e-30).float()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate(lr)
+        self._optimizer.step()
+        position = torch.addcmul(problem.target, displacement.detach(), self._step)
+        position = position.clamp_(problem.low, problem.high)
+        return position, problem.round(position, origin.codes, origin.gradient)
+
+    def _rate(self, lr: float) -> float:
+        if not self._own_rate:
+            return lr
+        self._first_lr = self._first_lr or lr
+        return min(1.0, lr / self._first_lr)
+
+
+def _original(problem: Problem) -> UpdateRule:
+    return (
+        CoordinateDescent(problem)
+        if isinstance(problem.objective, GramObjective)
+        else SteepestDescent(problem)
+    )
+
+
+def _adamw(problem: Problem) -> UpdateRule:
+    return TorchOptimizer(problem, lambda parameters: torch.optim.AdamW(parameters, betas=(0.9, 0.99)))
+
+
+def _radam(problem: Problem) -> UpdateRule:
+    return TorchOptimizer(problem, lambda parameters: torch.optim.RAdam(parameters, betas=(0.9, 0.99)))
+
+
+def _prodigy(problem: Problem) -> UpdateRule:
+    build = _prodigy_class()
+    return TorchOptimizer(
+        problem, lambda parameters: build(parameters, d0=1e-3, split_groups=False), own_rate=True
+    )
+
+
+def _prodigy_class() -> Any:
+    try:
+        from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree
+    except ImportError as error:
+        raise DependencyError(
+            "the optimizer 'ppsf' needs ProdigyPlus", hint="pip install prodigy-plus-schedule-free"
+        ) from error
+    return ProdigyPlusScheduleFree
+
+
+RULES: dict[str, Callable[[Problem], UpdateRule]] = {
+    "original": _original,
+    "adamw": _adamw,
+    "radam": _radam,
+    "ppsf": _prodigy,
+}
+"""Update rules by name: each builds a rule for one problem."""
+
+
+def update_rule(name: str) -> Callable[[Problem], UpdateRule]:
+    """The update rule of that name.
+
+    Raises:
+        ConfigurationError: there is none (it is also a ValueError).
+        DependencyError: its package is not installed.
+    """
+    if name not in RULES:
+        raise ConfigurationError(
+            f"no optimizer is called {name!r}; there are {', '.join(RULES)}",
+            hint=did_you_mean(str(name), RULES),
+        )
+    if name == "ppsf":
+        _prodigy_class()
+    return RULES[name]

@@ -1,0 +1,118 @@
+"""Codes and scales: quantize a matrix to the nearest codes, and turn codes back into weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwodel.algorithms.quant_types import Granularity, QuantType
+from qwodel.algorithms.scale_choice import absmax_scale, normalise, search_scale
+from qwodel.algorithms.tiles import check_finite, check_matrix, expand_scale, row_chunks
+from qwodel.exceptions import ValidationError
+
+__all__ = ["Quantized", "absmax_scale", "dequantize", "quantize", "search_scale"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """A quantized matrix: ``weight ≈ codes · scale``.
+
+    Attributes:
+        codes: ``[M, N]`` of ``quant_type.dtype``.
+        scale: fp32 dequant scale of shape ``granularity.scale_shape((M, N))``.
+        quant_type: what a code is.
+        granularity: which codes share a scale.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    quant_type: QuantType
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != self.quant_type.dtype:
+            raise ValidationError(
+                f"{self.quant_type} codes are {self.quant_type.dtype}, not {self.codes.dtype}"
+            )
+        check_scale(self.scale, self.granularity, self.codes.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weights the codes stand for, ``[M, N]``; the product is formed in fp32 (fp64 for fp64)."""
+        return dequantize(self.codes, self.scale, self.granularity, dtype)
+
+
+def check_scale(scale: torch.Tensor, granularity: Granularity, weight_shape: torch.Size) -> None:
+    """Refuse a scale of the wrong shape or with values that cannot be one.
+
+    Raises:
+        ValidationError: the shape does not fit, or a scale is not positive and finite.
+    """
+    shape = granularity.scale_shape(weight_shape)
+    if scale.shape != shape:
+        raise ValidationError(
+            f"a scale of shape {list(scale.shape)} does not fit a weight of {list(weight_shape)}: "
+            f"granularity {granularity} needs {list(shape)}"
+        )
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValidationError("a dequant scale must be positive and finite")
+
+
+def quantize(
+    weight: torch.Tensor, quant_type: QuantType, granularity: Granularity, scale: torch.Tensor | None = None
+) -> Quantized:
+    """Round a matrix to the nearest codes, ties to even, saturating at ``qmin`` and ``qmax``.
+
+    Works chunk by chunk: beyond the result, memory is a few megabytes. The result has the
+    same bits whatever the number of threads.
+
+    Args:
+        weight: ``[M, N]``, bf16, fp16, fp32 or fp64.
+        scale: fp32 dequant scale to use; without one, :func:`absmax_scale`.
+
+    Raises:
+        ValidationError: not a floating-point matrix, NaN or Inf in it, or a scale that does not fit.
+    """
+    check_matrix(weight)
+    if scale is None:
+        scale = absmax_scale(weight, quant_type, granularity)
+    else:
+        scale = scale.to(device=weight.device, dtype=torch.float32)
+        check_scale(scale, granularity, weight.shape)
+        check_finite_chunks(weight, granularity)
+    codes = torch.empty(weight.shape, dtype=quant_type.dtype, device=weight.device)
+    for rows in row_chunks(weight.shape, granularity):
+        x = normalise(weight, scale, granularity, rows)
+        if not quant_type.is_float:
+            x.round_()  # the cast to an integer truncates; the one to FP8 rounds to even by itself
+        codes[rows] = x.clamp_(quant_type.qmin, quant_type.qmax)
+    return Quantized(codes, scale, quant_type, granularity)
+
+
+def check_finite_chunks(weight: torch.Tensor, granularity: Granularity) -> None:
+    """:func:`~qwodel.algorithms.tiles.check_finite` that costs one pass over cached chunks.
+
+    Raises:
+        ValidationError: NaN or Inf in the weight.
+    """
+    for rows in row_chunks(weight.shape, granularity):
+        chunk = weight[rows]
+        if chunk.numel() and not chunk.float().abs().amax(dim=1).isfinite().all():
+            check_finite(weight)
+
+
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """``codes · scale`` as a new ``[M, N]`` tensor of ``dtype``.
+
+    Raises:
+        ValidationError: the scale's shape does not fit the codes.
+    """
+    check_scale(scale, granularity, codes.shape)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows in row_chunks(codes.shape, granularity):
+        spread = expand_scale(scale, granularity, rows, codes.shape[1])
+        out[rows] = codes[rows].to(work) * spread.to(work)
+    return out

@@ -1,0 +1,226 @@
+"""What the FP8 and INT8 backends share: options, layouts, and one run of the checkpoint engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from qwodel.algorithms.converter_options import rounding_options
+from qwodel.backends.base import BackendOptions, BaseQuantizer, FormatSpec, Job
+from qwodel.checkpoint.comfyui import ComfyUILayout
+from qwodel.checkpoint.convert import convert
+from qwodel.checkpoint.decisions import Action
+from qwodel.checkpoint.executor import make_executor
+from qwodel.checkpoint.layer_config import LayerConfig, load_layer_config
+from qwodel.checkpoint.layout import Layout
+from qwodel.checkpoint.plan import Plan, build_plan
+from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE, LayerOverride, LoraSource, Recipe
+from qwodel.checkpoint.rounding import Learned, Nearest, Rounding, ScaleSearch
+from qwodel.checkpoint.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.transformers_layout import TransformersLayout
+from qwodel.checkpoint.verify import LayerQuality, verify
+from qwodel.exceptions import ConfigurationError
+from qwodel.output import require_space
+from qwodel.source import ModelSource
+
+__all__ = ["WeightFileOptions", "WeightFileQuantizer"]
+
+LayoutName = Literal["auto", "comfyui", "transformers"]
+Optimizer = Literal["auto", "none", "search", "original", "adamw", "radam", "ppsf"]
+_WORST_LAYERS = 5
+
+
+class WeightFileOptions(BackendOptions):
+    """What an FP8 or INT8 run can be told."""
+
+    layout: LayoutName = Field(
+        "auto", description="comfyui: one file; transformers: a model directory; auto goes by what was given."
+    )
+    optimizer: Optimizer = Field(
+        "auto",
+        description="How codes are chosen: none rounds to nearest, search looks for better scales, "
+        "original, adamw, radam and ppsf learn the rounding; auto is none or search by format.",
+    )
+    num_iter: int | None = Field(None, ge=0, description="Learned rounding: the most iterations a matrix.")
+    lr: float | None = Field(None, gt=0, description="Learned rounding: the first learning rate.")
+    lr_schedule: str | None = Field(None, description="Learned rounding: adaptive, plateau or exponential.")
+    top_p: float | None = Field(None, description="Learned rounding: share of singular values looked at.")
+    min_k: int | None = Field(None, description="Learned rounding: fewest singular vectors.")
+    max_k: int | None = Field(None, description="Learned rounding: most singular vectors.")
+    full_matrix: bool | None = Field(None, description="Learned rounding: full SVD.")
+    seed: int | None = Field(None, description="Learned rounding: seed of the randomized SVD.")
+    block_size: int | None = Field(None, gt=0, description="Side of scale blocks, for block formats; 128.")
+    filters: tuple[str, ...] | None = Field(
+        None, description="Model filters to apply, such as flux or wan; unset detects the family from names."
+    )
+    exclude_layers: str | None = Field(
+        None, description="Regular expression of tensors to leave as they are."
+    )
+    custom_layers: str | None = Field(
+        None, description="Regular expression of layers that get custom_format, whatever the filters say."
+    )
+    custom_format: str | None = Field(None, description="Format of custom_layers, such as int8_row or fp16.")
+    fallback: str | None = Field(
+        None,
+        description="Format of layers that the model's filters or their shape keep out; unset keeps them.",
+    )
+    skip_inefficient_layers: bool = Field(
+        False, description="Leave out layers with a side below the block size or not a multiple of it."
+    )
+    layer_config: str | dict[str, Any] | None = Field(
+        None, description="Per-layer rules: a JSON file or its content."
+    )
+    layer_config_fullmatch: bool = Field(False, description="Rules must match whole layer names.")
+    nonfinite: Literal["error", "keep"] = Field(
+        "error", description="Weights with NaN or Inf: an error, or kept in their own dtype."
+    )
+    loras: tuple[str | tuple[str, float], ...] = Field(
+        (), description="LoRA files to merge first, each a path or (path, scale)."
+    )
+    lora_dampen: bool = Field(True, description="Count the k-th LoRA 0.9^k.")
+    allow_unmatched_loras: bool = Field(False, description="Skip LoRA layers that fit no weight.")
+    activations: Literal["dynamic", "none"] = Field(
+        "dynamic", description="transformers layout: whether readers quantize activations token by token."
+    )
+    full_precision_matrix_mult: bool = Field(
+        False, description="comfyui layout: compute with de-quantized weights."
+    )
+    input_scale: bool = Field(False, description="comfyui layout: write activation scales of 1.0.")
+    save_quant_metadata: bool = Field(False, description="comfyui layout: describe layers in the header too.")
+    legacy_names: bool = Field(False, description="comfyui layout: scaled_fp8 names instead of descriptions.")
+    max_shard_size: int = Field(DEFAULT_SHARD_SIZE, gt=0, description="transformers layout: bytes a shard.")
+    workers: int = Field(1, ge=1, description="Processes that work on tensors; the bytes are the same.")
+
+
+class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
+    """Safetensors in, safetensors with quantized weights out."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"huggingface", "safetensors"})
+    packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
+    stages: ClassVar[Mapping[str, float]] = {"resolve": 1, "quantize": 60, "verify": 30, "publish": 2}
+    options_type = WeightFileOptions
+
+    def output_name(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> str:
+        suffix = ".safetensors" if _layout(source, options).single_file else ""
+        return f"{source.name}-{spec.name}{suffix}"
+
+    def check(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> None:
+        _layout(source, options).support(_format(spec, options))
+        _recipe(spec, options)
+
+    def plan(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> Plan:
+        """Return what a run would do; ``str`` of its ``table()`` is the dry run."""
+        return build_plan(source.path, _recipe(spec, options), _layout(source, options))
+
+    def run(self, job: Job[WeightFileOptions]) -> None:
+        plan = self.plan(job.source, job.format, job.options)
+        self.log.info("model family: %s", plan.family)
+        require_space(job.output.scratch, plan.output_bytes, f"making {job.output.final.name}")
+        executor = make_executor(job.options.workers)
+        if not plan.layout.single_file:
+            job.output.path.mkdir()
+        conversion = convert(plan, job.output.path, executor=executor, progress=job.progress)
+        quality = verify(conversion, executor=executor, progress=job.progress)
+        job.report |= _report(plan, quality, job.source)
+
+
+def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) -> dict[str, Any]:
+    worst = sorted(quality, key=lambda layer: layer.sqnr_db)
+    return {
+        "bits_per_weight": round(plan.weight_bytes * 8 / max(source.parameters, 1), 3),
+        "layout": plan.layout.name,
+        "family": {
+            "name": plan.family.name,
+            "evidence": list(plan.family.evidence),
+            "filters": list(plan.family.filters if plan.recipe.filters is None else plan.recipe.filters),
+        },
+        "tensors": plan.counts(),
+        "kept": {
+            each.name: each.reason
+            for each in plan.tensors
+            if each.outputs and each.action is not Action.QUANTIZE
+        },
+        "dropped": {
+            **{each.name: each.reason for each in plan.tensors if not each.outputs},
+            **plan.dropped,
+        },
+        "sqnr_db": {
+            layer.name: round(layer.sqnr_db, 2) if math.isfinite(layer.sqnr_db) else None for layer in quality
+        },
+        "worst_layers": [layer.name for layer in worst[:_WORST_LAYERS]],
+        "quality": [layer.as_dict() for layer in quality],
+        "warnings": list(plan.warnings),
+    }
+
+
+def _layout(source: ModelSource, options: WeightFileOptions) -> Layout:
+    name = options.layout
+    if name == "auto":
+        # A bare diffusion checkpoint is for ComfyUI; a directory with a model's config is for transformers.
+        described = bool(source.config.get("model_type") or source.config.get("architectures"))
+        name = "transformers" if source.input_format == "huggingface" and described else "comfyui"
+    comfyui = ("full_precision_matrix_mult", "input_scale", "save_quant_metadata", "legacy_names")
+    if name == "transformers":
+        for option in comfyui:
+            if getattr(options, option):
+                raise ConfigurationError(
+                    f"{option} belongs to the comfyui layout, and this run uses the transformers one",
+                    hint="pass layout='comfyui', or drop the option",
+                )
+        return TransformersLayout(options.activations)
+    return ComfyUILayout(
+        options.full_precision_matrix_mult,
+        options.input_scale,
+        options.save_quant_metadata,
+        options.legacy_names,
+    )
+
+
+def _format(spec: FormatSpec, options: WeightFileOptions) -> StorageFormat:
+    return storage_format(spec.name, options.block_size)
+
+
+def _recipe(spec: FormatSpec, options: WeightFileOptions) -> Recipe:
+    if (options.custom_layers is None) != (options.custom_format is None):
+        raise ConfigurationError("custom_layers and custom_format go together")
+    custom = None
+    if options.custom_layers is not None and options.custom_format is not None:
+        custom = LayerOverride(options.custom_layers, storage_format(options.custom_format))
+    rules = options.layer_config
+    if isinstance(rules, str):
+        rules = load_layer_config(rules)
+    loras = [(each, 1.0) if isinstance(each, str) else each for each in options.loras]
+    return Recipe(
+        format=_format(spec, options),
+        rounding=_rounding(options),
+        filters=options.filters,
+        custom_layers=custom,
+        exclude_layers=options.exclude_layers,
+        fallback=storage_format(options.fallback) if options.fallback else None,
+        skip_inefficient_layers=options.skip_inefficient_layers,
+        layer_config=LayerConfig.from_mapping(rules) if rules is not None else None,
+        layer_config_fullmatch=options.layer_config_fullmatch,
+        nonfinite=options.nonfinite,
+        loras=tuple(LoraSource(Path(path), scale) for path, scale in loras),
+        dampen_loras=options.lora_dampen,
+        allow_unmatched_loras=options.allow_unmatched_loras,
+        max_shard_size=options.max_shard_size,
+    )
+
+
+def _rounding(options: WeightFileOptions) -> Rounding | None:
+    names = ("num_iter", "lr", "lr_schedule", "top_p", "min_k", "max_k", "full_matrix", "seed")
+    settings = {name: value for name in names if (value := getattr(options, name)) is not None}
+    simple: dict[str, Rounding | None] = {"auto": None, "none": Nearest(), "search": ScaleSearch()}
+    if options.optimizer not in simple:
+        return Learned(rounding_options(options.optimizer, settings))
+    if settings:
+        raise ConfigurationError(
+            f"{', '.join(settings)} belong to learned rounding, and optimizer={options.optimizer!r} does not learn",
+            hint="pass optimizer='original', 'adamw', 'radam' or 'ppsf'",
+        )
+    return simple[options.optimizer]

@@ -1,0 +1,105 @@
+"""Carrying out a plan: files made at their full size, tensors streamed into their places."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwodel.checkpoint.executor import Executor, SerialExecutor
+from qwodel.checkpoint.plan import Plan
+from qwodel.checkpoint.tensor_work import WorkerFactory
+from qwodel.checkpoint.writer import PlannedWriter, create_files
+from qwodel.exceptions import IntegrityError
+from qwodel.progress import Progress
+
+__all__ = ["Conversion", "convert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        plan: the plan that was carried out.
+        destination: the file or directory.
+        files: every weight file.
+        squared_errors: weight name → ‖W−Ŵ‖² as the rounding method left it, where it was not plain rounding.
+    """
+
+    plan: Plan
+    destination: Path
+    files: tuple[Path, ...]
+    squared_errors: Mapping[str, float]
+
+
+def convert(
+    plan: Plan, destination: Path, *, executor: Executor | None = None, progress: Progress | None = None
+) -> Conversion:
+    """Write what ``plan`` describes.
+
+    Peak memory follows a slab of rows, or the largest single weight for methods
+    that need it whole; never the checkpoint.
+
+    Args:
+        plan: from :func:`~qwodel.checkpoint.plan.build_plan`.
+        destination: the file of a one-file layout, else the directory; a staging
+            place, as nothing here is atomic.
+        executor: where tensors are worked on; this process by default. The bytes
+            do not depend on it.
+        progress: gets bytes of source done, in its stage ``quantize``.
+
+    Raises:
+        ValidationError: a weight holds NaN or Inf.
+        ConversionError: a rounding method or a worker process failed.
+        ResourceError: the disk is full.
+        Cancelled: the progress callback raised.
+    """
+    progress = progress or Progress(None)
+    paths = plan.paths(destination)
+    create_files(plan.files, paths)
+    work = [each for each in plan.tensors if each.outputs]
+    total = plan.source_bytes
+    progress.stage("quantize", f"{len(work)} tensors")
+    # Largest first: then no worker ends alone with the largest.
+    work.sort(key=lambda each: -each.output_bytes)
+    factory = WorkerFactory(plan.source, plan.files, paths)
+    done, errors, finished = 0, {}, set()
+    # An error's traceback would keep the generator, and its processes, alive.
+    with closing((executor or SerialExecutor()).run(factory, work)) as results:
+        for result in results:
+            done += result.source_bytes
+            finished.add(result.name)
+            if result.squared_error is not None:
+                errors[result.name] = result.squared_error
+            progress.update(done, total, result.name)
+    if missing := {each.name for each in work} - finished:
+        raise IntegrityError(f"{len(missing)} tensors were not written: {min(missing)!r} …")
+    _finish(plan, destination, paths)
+    return Conversion(plan, destination, tuple(paths.values()), errors)
+
+
+def _finish(plan: Plan, destination: Path, paths: Mapping[str, Path]) -> None:
+    """Write constants, documents and side files, and force the weights to disk."""
+    with PlannedWriter(plan.files, paths) as writer:
+        for tensor in plan.constants:
+            writer.write(tensor.name, tensor.payload or b"")
+    for path in paths.values():
+        _sync(path)
+    for name, text in plan.documents.items():
+        (destination / name).write_bytes(text)
+    for name, source in plan.side_files.items():
+        target = destination / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,142 @@
+"""Running independent tasks in this process, or in a pool of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from qwodel.exceptions import ConfigurationError, ConversionError
+
+__all__ = ["Executor", "ProcessExecutor", "SerialExecutor", "Worker", "make_executor"]
+
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+TaskT_contra = TypeVar("TaskT_contra", contravariant=True)
+ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+
+class Worker(AbstractContextManager[Any], Protocol[TaskT_contra, ResultT_co]):
+    """Does tasks one after another; opened once in each process."""
+
+    def __call__(self, task: TaskT_contra, /) -> ResultT_co: ...
+
+
+class Executor(Protocol):
+    """Runs every task through a worker and yields results as they come, in any order.
+
+    Closing the generator stops the work.
+    """
+
+    def run(
+        self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SerialExecutor:
+    """One task after another, here."""
+
+    def run(
+        self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]:
+        with factory() as worker:
+            for task in tasks:
+                yield worker(task)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExecutor:
+    """A pool of fresh processes that share the machine's cores.
+
+    Attributes:
+        workers: number of processes.
+    """
+
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigurationError(f"workers is a positive number, not {self.workers}")
+
+    def run(
+        self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]:
+        """See :class:`Executor`.
+
+        ``factory``, tasks and results must pickle.
+
+        Raises:
+            ConversionError: a worker process died.
+        """
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        before = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(
+            self.workers,
+            # A forked child of a threaded torch can hang.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(factory, threads),
+        )
+        finished = False
+        try:
+            yield from _results(pool, iter(tasks), ahead=2 * self.workers)
+            finished = True
+        except BrokenProcessPool as error:
+            raise ConversionError(
+                "a worker process died before it could say why",
+                hint="it may have run out of memory: use fewer workers. A script that uses workers needs "
+                "`if __name__ == '__main__':` around its own code",
+            ) from error
+        finally:
+            if not finished:
+                for process in set(multiprocessing.active_children()) - before:
+                    process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def make_executor(workers: int = 1) -> Executor:
+    """Return an executor with ``workers`` processes; 1 works in this one.
+
+    Raises:
+        ConfigurationError: ``workers`` is below 1.
+    """
+    return SerialExecutor() if workers == 1 else ProcessExecutor(workers)
+
+
+def _results(pool: ProcessPoolExecutor, tasks: Iterator[TaskT], ahead: int) -> Iterator[Any]:
+    """Keep ``ahead`` tasks submitted, so that a huge plan is not pickled at once."""
+    pending: set[Future[Any]] = set()
+    exhausted = False
+    while pending or not exhausted:
+        while not exhausted and len(pending) < ahead:
+            try:
+                pending.add(pool.submit(_run_task, next(tasks)))
+            except StopIteration:
+                exhausted = True
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
+
+
+_worker: Any = None
+
+
+def _start_worker(factory: Callable[[], Worker[Any, Any]], threads: int) -> None:
+    global _worker
+    # The terminal sends Ctrl-C to the whole group; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    _worker = factory().__enter__()
+
+
+def _run_task(task: Any) -> Any:
+    return _worker(task)

@@ -1,0 +1,78 @@
+"""What a layout decides: the tensors a weight becomes, the header, the files around the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from qwodel.checkpoint.dequantize_sources import SourceTensor
+from qwodel.checkpoint.dtypes import nbytes
+from qwodel.checkpoint.storage_format import StorageFormat
+
+if TYPE_CHECKING:
+    from qwodel.checkpoint.plan import TensorPlan
+
+__all__ = ["Layout", "OutputTensor", "ReaderSupport", "Role"]
+
+
+class Role(StrEnum):
+    """Where the bytes of an output tensor come from."""
+
+    DATA = "data"
+    CODES = "codes"
+    SCALE = "scale"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output: ``payload`` holds its bytes when they are known beforehand."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    payload: bytes | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file."""
+        return nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderSupport:
+    """Whether the layout's usual reader loads a format, and if not, why not and what does."""
+
+    loads: bool
+    reader: str
+    reason: str = ""
+
+
+class Layout(Protocol):
+    """How quantized weights are named and described for one kind of reader."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def single_file(self) -> bool:
+        """Whether everything goes into one file, whatever its size."""
+
+    def support(self, wanted: StorageFormat) -> ReaderSupport:
+        """Say whether the layout's reader loads ``wanted``.
+
+        Raises:
+            ConfigurationError: the layout cannot even express it.
+        """
+
+    def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
+        """Return the tensors one quantized weight becomes: codes, scale, description."""
+
+    def extra_tensors(self, tensors: Sequence[TensorPlan]) -> tuple[OutputTensor, ...]:
+        """Return constants that belong to the file as a whole."""
+
+    def metadata(self, tensors: Sequence[TensorPlan], source: dict[str, str]) -> dict[str, str]:
+        """Return the header's string metadata, given the source's."""

@@ -1,0 +1,73 @@
+"""What lies beside the weights of a checkpoint: its configuration and its side files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwodel.exceptions import ValidationError
+
+__all__ = ["ModelDirectory"]
+
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+)
+_REWRITTEN = frozenset({"config.json", "qwodel.manifest.json"})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDirectory:
+    """A model directory, or the lack of one.
+
+    Attributes:
+        root: the directory; ``None`` when the source is a single file.
+        config: its ``config.json``; ``None`` when there is none.
+    """
+
+    root: Path | None
+    config: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, source: Path) -> ModelDirectory:
+        """Look beside ``source``.
+
+        Raises:
+            ValidationError: ``config.json`` is damaged.
+        """
+        root = source if source.is_dir() else source.parent if _is_model_file(source) else None
+        if root is None or not (root / "config.json").is_file():
+            return cls(root, None)
+        try:
+            config = json.loads((root / "config.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValidationError(f"{root / 'config.json'} cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise ValidationError(f"{root / 'config.json'} is not a JSON object")
+        return cls(root, config)
+
+    def side_files(self) -> dict[str, Path]:
+        """Return what must come along: everything but weights, indexes and hidden files, by relative path."""
+        if self.root is None:
+            return {}
+        found = {}
+        for path in sorted(self.root.rglob("*")):
+            relative = path.relative_to(self.root)
+            if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+                continue
+            weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+            # Subdirectories of a model repository hold other packagings of the same weights.
+            other_packaging = len(relative.parts) > 1 and _holds_weights(self.root / relative.parts[0])
+            if not weights and not other_packaging and str(relative) not in _REWRITTEN:
+                found[relative.as_posix()] = path
+        return found
+
+
+def _is_model_file(source: Path) -> bool:
+    return source.name == "model.safetensors"
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(path.suffix in _WEIGHT_SUFFIXES for path in folder.rglob("*"))

@@ -1,0 +1,280 @@
+"""The plan of a conversion: every tensor's decision and place, before any work starts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwodel.checkpoint.decisions import Action, Decider, Decision, conv1d_weights
+from qwodel.checkpoint.dequantize_sources import Sources, SourceTensor, resolve_sources
+from qwodel.checkpoint.layout import Layout, OutputTensor, Role
+from qwodel.checkpoint.lora import LoraTerm, plan_merges
+from qwodel.checkpoint.model_directory import ModelDirectory
+from qwodel.checkpoint.model_family import ModelFamily, detect_family
+from qwodel.checkpoint.nonfinite import nonfinite_weights
+from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.recipe import Recipe
+from qwodel.checkpoint.rounding import Rounding
+from qwodel.checkpoint.storage_format import StorageFormat
+from qwodel.checkpoint.transformers_layout import TransformersLayout, config_bytes
+from qwodel.checkpoint.writer import FilePlan, index_bytes, pack_files
+from qwodel.exceptions import ConfigurationError, ValidationError
+
+__all__ = ["Plan", "TensorPlan", "build_plan"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one tensor.
+
+    Attributes:
+        source: where its numbers come from.
+        action, reason: the decision.
+        format, rounding: where it is quantized or cast.
+        outputs: the tensors it becomes; none when dropped.
+        loras: updates merged into it first.
+    """
+
+    source: SourceTensor
+    action: Action
+    reason: str
+    outputs: tuple[OutputTensor, ...]
+    format: StorageFormat | None = None
+    rounding: Rounding | None = None
+    loras: tuple[LoraTerm, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the source."""
+        return self.source.name
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of its output tensors."""
+        return sum(tensor.nbytes for tensor in self.outputs)
+
+    @property
+    def becomes(self) -> str:
+        """What it becomes, in a word or two."""
+        if self.action is not Action.QUANTIZE or not self.format:
+            merged = " + LoRA" if self.loras else ""
+            return (f"{self.format.cast_to}" if self.format else str(self.action)) + merged
+        return f"{self.format.quant_type} {self.format.granularity}" + (" + LoRA" if self.loras else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole conversion, ready to be carried out or printed.
+
+    Attributes:
+        source: the checkpoint.
+        tensors: one entry a weight, in the source's order, dropped ones included.
+        dropped: stored tensors that are no weights, and why they are left behind.
+        files: the safetensors files to write.
+        documents: other files to write, by name.
+        side_files: files to copy, by their path relative to the source directory.
+        constants: tensors that belong to no weight.
+        family: what the model was recognised as.
+        warnings: what the user should know, in sentences.
+    """
+
+    source: Path
+    recipe: Recipe
+    layout: Layout
+    tensors: tuple[TensorPlan, ...]
+    dropped: Mapping[str, str]
+    files: tuple[FilePlan, ...]
+    documents: Mapping[str, bytes]
+    side_files: Mapping[str, Path]
+    constants: tuple[OutputTensor, ...]
+    family: ModelFamily
+    warnings: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Exact size of the safetensors files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def output_bytes(self) -> int:
+        """Exact size of everything written."""
+        side = sum(path.stat().st_size for path in self.side_files.values())
+        return self.weight_bytes + sum(len(text) for text in self.documents.values()) + side
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source tensors that will be read."""
+        with UnifiedSafetensorsLoader(self.source) as reader:
+            return sum(reader.entry(part).nbytes for each in self.tensors for part in each.source.stored)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many tensors become what."""
+        return dict(Counter(each.becomes for each in self.tensors))
+
+    def rows(self) -> Iterator[tuple[str, str, str, str, int, str]]:
+        """Yield (name, source dtype, shape, becomes, output bytes, reason) of every tensor."""
+        for each in self.tensors:
+            shape = "×".join(str(n) for n in each.source.shape) or "scalar"
+            kind = each.source.encoding or each.source.dtype
+            yield each.name, kind, shape, each.becomes, each.output_bytes, each.reason
+        for name, reason in self.dropped.items():
+            yield name, "", "", str(Action.DROP), 0, reason
+
+    def table(self) -> str:
+        """Return the plan as text: a line a tensor, then the totals."""
+        lines = [("tensor", "source", "shape", "becomes", "bytes", "reason")]
+        lines += [
+            (name, kind, shape, to, f"{size:,}", why) for name, kind, shape, to, size, why in self.rows()
+        ]
+        widths = [max(len(line[column]) for line in lines) for column in range(5)]
+        text = [
+            "  ".join([*(cell.ljust(n) for cell, n in zip(line, widths, strict=False)), line[5]])
+            for line in lines
+        ]
+        counts = ", ".join(f"{count} {what}" for what, count in self.counts().items())
+        return "\n".join(
+            [
+                *text,
+                f"model family: {self.family}",
+                f"tensors: {counts}",
+                f"output: {self.output_bytes:,} bytes in {len(self.files)} weight file(s), {self.layout.name} layout",
+                *(f"warning: {warning}" for warning in self.warnings),
+            ]
+        )
+
+    def paths(self, destination: Path) -> dict[str, Path]:
+        """Return file name in the plan → path: ``destination`` itself for a one-file layout."""
+        if self.layout.single_file:
+            return {self.files[0].name: destination}
+        return {file.name: destination / file.name for file in self.files}
+
+
+def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
+    """Decide what happens to every tensor of ``source``.
+
+    Only headers are read, besides scalar marks and, with ``nonfinite="keep"``,
+    the weights themselves.
+
+    Raises:
+        ValidationError: the source is no checkpoint, or is quantized in a way not
+            understood, or nothing in it can be quantized.
+        ConfigurationError: the layout cannot express the format.
+        IntegrityError: a file is damaged.
+    """
+    source = Path(source)
+    directory = ModelDirectory.of(source)
+    if isinstance(layout, TransformersLayout) and directory.config is None:
+        raise ConfigurationError(
+            f"{source} has no config.json, which the transformers layout describes the quantization in",
+            hint="use the comfyui layout, or give the model's directory",
+        )
+    with UnifiedSafetensorsLoader(source, low_memory=True) as reader:
+        sources = resolve_sources(reader, directory.config)
+        metadata = reader.metadata()
+        family = detect_family(each.name for each in sources.tensors)
+        filters = family.filters if recipe.filters is None else recipe.filters
+        decider = Decider(recipe, filters, conv1d=conv1d_weights(sources.tensors))
+        decisions = {each.name: decider.decide(each) for each in sources.tensors}
+        if recipe.nonfinite == "keep":
+            candidates = [each for each in sources.tensors if decisions[each.name].format]
+            decider.nonfinite = nonfinite_weights(reader, candidates)
+            decisions |= {name: decider.decide(each) for each in candidates if (name := each.name)}
+    return _assemble(source, recipe, layout, directory, sources, metadata, family, decisions)
+
+
+def _assemble(
+    source: Path,
+    recipe: Recipe,
+    layout: Layout,
+    directory: ModelDirectory,
+    sources: Sources,
+    metadata: dict[str, str],
+    family: ModelFamily,
+    decisions: Mapping[str, Decision],
+) -> Plan:
+    shapes = {each.name: each.shape for each in sources.tensors if each.is_float}
+    merges, unmatched = plan_merges(
+        recipe.loras, shapes, dampen=recipe.dampen_loras, allow_unmatched=recipe.allow_unmatched_loras
+    )
+    tensors = tuple(
+        _tensor_plan(each, decisions[each.name], layout, merges.get(each.name, ()))
+        for each in sources.tensors
+    )
+    if recipe.format.quantizes and not any(each.action is Action.QUANTIZE for each in tensors):
+        raise ValidationError(
+            f"nothing in {source} would be quantized",
+            hint="it may hold no linear layers, or the filters and patterns keep them all",
+        )
+    constants = layout.extra_tensors(tensors)
+    groups = [*(each.outputs for each in tensors if each.outputs), constants]
+    _check_names(groups)
+    limit = None if layout.single_file else recipe.max_shard_size
+    files = pack_files(groups, layout.metadata(tensors, metadata), limit)
+    documents: dict[str, bytes] = {}
+    side_files: Mapping[str, Path] = {}
+    if isinstance(layout, TransformersLayout) and directory.config is not None:
+        documents["config.json"] = config_bytes(layout.config(directory.config, tensors))
+        if len(files) > 1:
+            documents["model.safetensors.index.json"] = index_bytes(files)
+        side_files = directory.side_files()
+    warnings = _warnings(layout, tensors, unmatched)
+    return Plan(
+        source,
+        recipe,
+        layout,
+        tensors,
+        sources.dropped,
+        files,
+        documents,
+        side_files,
+        constants,
+        family,
+        warnings,
+    )
+
+
+def _tensor_plan(
+    source: SourceTensor, decision: Decision, layout: Layout, loras: tuple[LoraTerm, ...]
+) -> TensorPlan:
+    outputs: tuple[OutputTensor, ...]
+    action, wanted = decision.action, decision.format
+    if action is Action.DROP:
+        outputs = ()
+    elif action is Action.QUANTIZE and wanted:
+        outputs = layout.outputs(source, wanted)
+    else:
+        if action is Action.COPY and loras:
+            action, wanted = Action.CAST, StorageFormat(source.dtype.lower(), cast_to=source.dtype)
+        dtype = wanted.cast_to if wanted and wanted.cast_to else source.dtype
+        outputs = (OutputTensor(source.name, dtype, source.shape, Role.DATA),)
+    return TensorPlan(source, action, decision.reason, outputs, wanted, decision.rounding, loras)
+
+
+def _check_names(groups: list[tuple[OutputTensor, ...]]) -> None:
+    counts = Counter(tensor.name for group in groups for tensor in group)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValidationError(
+            f"the source has a tensor {twice[0]!r} of its own, which the output needs for a scale",
+            hint="this checkpoint looks partly quantized; start from the original",
+        )
+
+
+def _warnings(layout: Layout, tensors: tuple[TensorPlan, ...], unmatched: list[str]) -> tuple[str, ...]:
+    warnings = []
+    for wanted in dict.fromkeys(each.format for each in tensors if each.format and each.format.quantizes):
+        support = layout.support(wanted)
+        if not support.loads:
+            warnings.append(f"{support.reader} cannot load {wanted}: {support.reason}")
+    if unmatched:
+        warnings.append(
+            f"{len(unmatched)} LoRA layers fit no weight and are not merged: {', '.join(unmatched[:5])}"
+        )
+    for warning in warnings:
+        log.warning(warning)
+    return tuple(warnings)

@@ -1,0 +1,197 @@
+"""The transformers layout: a model directory that transformers and vLLM load.
+
+``config.json`` gets a ``quantization_config`` in the compressed-tensors schema
+(https://github.com/vllm-project/compressed-tensors, 0.19): one config group for
+each format in use, every linear layer that stays as it was in ``ignore``. Codes
+keep the name ``weight``; ``weight_scale`` is ``[1]``, ``[M, 1]``, ``[M, N/g]`` or
+``[M/bs, N/bs]``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from qwodel.algorithms.quant_types import FP8_E5M2, INT8, ROW, TENSOR
+from qwodel.checkpoint.dequantize_sources import SourceTensor
+from qwodel.checkpoint.dtypes import dtype_name
+from qwodel.checkpoint.layout import OutputTensor, ReaderSupport, Role
+from qwodel.checkpoint.storage_format import StorageFormat
+from qwodel.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from qwodel.checkpoint.plan import TensorPlan
+
+__all__ = ["Activations", "TransformersLayout"]
+
+Activations = Literal["dynamic", "none"]
+
+_VLLM_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersLayout:
+    """How model directories are written.
+
+    Attributes:
+        activations: ``"dynamic"`` lets the reader quantize activations token by
+            token, as the fast kernels need; ``"none"`` describes weights only.
+    """
+
+    activations: Activations = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("dynamic", "none"):
+            raise ConfigurationError(f"activations are 'dynamic' or 'none', not {self.activations!r}")
+
+    @property
+    def name(self) -> str:
+        return "transformers"
+
+    @property
+    def single_file(self) -> bool:
+        return False
+
+    def support(self, wanted: StorageFormat) -> ReaderSupport:
+        reader = "transformers with compressed-tensors, vLLM"
+        if wanted.quant_type is None:
+            return ReaderSupport(True, reader)
+        if wanted.quant_type == FP8_E5M2:
+            raise ConfigurationError(
+                "compressed-tensors has no FP8 E5M2, so no model directory can be written in it",
+                hint="use fp8_e4m3, or the comfyui layout",
+            )
+        granularity = wanted.granularity
+        if wanted.quant_type == INT8 and granularity.is_block:
+            return ReaderSupport(
+                False, reader, "vLLM has no INT8 kernels with block scales; transformers decodes it"
+            )
+        if wanted.quant_type == INT8 and self.activations == "none":
+            return ReaderSupport(
+                False,
+                reader,
+                "vLLM reads INT8 weights without activation quantization only in its packed form",
+            )
+        if granularity.is_block and (granularity.block_rows, granularity.block_cols) != (
+            _VLLM_BLOCK,
+            _VLLM_BLOCK,
+        ):
+            return ReaderSupport(
+                False, reader, "vLLM has FP8 kernels for 128×128 blocks only; transformers decodes it"
+            )
+        return ReaderSupport(True, reader)
+
+    def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
+        assert wanted.quant_type is not None
+        shape = wanted.granularity.scale_shape(source.shape) or (1,)
+        return (
+            OutputTensor(source.name, dtype_name(wanted.quant_type.dtype), source.shape, Role.CODES),
+            OutputTensor(f"{source.name}_scale", "F32", shape, Role.SCALE),
+        )
+
+    def extra_tensors(self, tensors: Sequence[TensorPlan]) -> tuple[OutputTensor, ...]:
+        del tensors
+        return ()
+
+    def metadata(self, tensors: Sequence[TensorPlan], source: dict[str, str]) -> dict[str, str]:
+        del tensors
+        kept = {key: value for key, value in source.items() if key != "_quantization_metadata"}
+        return {"format": "pt", **kept}
+
+    def config(self, config: Mapping[str, Any], tensors: Iterable[TensorPlan]) -> dict[str, Any]:
+        """Return the output's ``config.json``: the source's, with our ``quantization_config``."""
+        written = {key: value for key, value in config.items() if key != "quantization_config"}
+        plans = list(tensors)
+        formats = _formats(plans)
+        if formats:
+            written["quantization_config"] = self._quantization(plans, formats)
+        casts = {each.format.cast_to for each in plans if each.format and each.format.cast_to}
+        if not formats and casts in ({"F16"}, {"BF16"}):
+            dtype = {"F16": "float16", "BF16": "bfloat16"}[casts.pop() or ""]
+            written = _with_dtype(written, dtype)
+        return written
+
+    def _quantization(self, plans: list[TensorPlan], formats: list[StorageFormat]) -> dict[str, Any]:
+        # The commonest format takes every Linear; rarer ones are named layer by layer.
+        groups = {}
+        for index, wanted in enumerate(formats):
+            named = [
+                f"re:^(.*\\.)?{re.escape(each.name.removesuffix('.weight'))}$"
+                for each in plans
+                if each.format == wanted and index
+            ]
+            groups[f"group_{index}"] = {"targets": named or ["Linear"], **self._scheme(wanted)}
+        kept = [
+            each.name.removesuffix(".weight")
+            for each in plans
+            if each.name.endswith(".weight")
+            and len(each.source.shape) == 2
+            and not (each.format and each.format.quantizes)
+        ]
+        if not any(name.endswith("lm_head") for name in kept):
+            quantized_head = any(each.name.endswith("lm_head.weight") for each in plans)
+            kept += [] if quantized_head else ["lm_head"]
+        labels = {str(group["format"]) for group in groups.values()}
+        return {
+            "config_groups": groups,
+            "format": labels.pop() if len(labels) == 1 else "mixed-precision",
+            "global_compression_ratio": None,
+            "ignore": kept,
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
+
+    def _scheme(self, wanted: StorageFormat) -> dict[str, Any]:
+        kind = "int" if wanted.quant_type == INT8 else "float"
+        granularity = wanted.granularity
+        weights: dict[str, Any] = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": False}
+        inputs: dict[str, Any] = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": True}
+        inputs["strategy"] = "token"
+        if granularity == TENSOR:
+            weights["strategy"] = "tensor"
+        elif granularity == ROW:
+            weights["strategy"] = "channel"
+        elif granularity.block_rows == 1:
+            weights |= {"strategy": "group", "group_size": granularity.block_cols}
+        else:
+            weights |= {
+                "strategy": "block",
+                "block_structure": [granularity.block_rows, granularity.block_cols],
+            }
+            inputs |= {"strategy": "group", "group_size": granularity.block_cols}
+        dynamic = self.activations == "dynamic"
+        label = f"{kind}-quantized" if dynamic else "naive-quantized"
+        return {
+            "weights": weights,
+            "input_activations": inputs if dynamic else None,
+            "output_activations": None,
+            "format": label,
+        }
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """Return ``config.json`` as transformers lays it out."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    changed = {
+        key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()
+    }
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(changed.get(key), str):
+            changed[key] = dtype
+    return changed
+
+
+def _formats(plans: list[TensorPlan]) -> list[StorageFormat]:
+    """The quantizing formats in use, the commonest first."""
+    counts: dict[StorageFormat, int] = {}
+    for each in plans:
+        if each.format and each.format.quantizes:
+            counts[each.format] = counts.get(each.format, 0) + 1
+    return sorted(counts, key=lambda wanted: (-counts[wanted], str(wanted.granularity), wanted.name))

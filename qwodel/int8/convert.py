@@ -1,0 +1,167 @@
+"""One safetensors file to INT8, with every option of the command-line tools of this kind."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwodel.checkpoint.convert import convert
+from qwodel.checkpoint.executor import make_executor
+from qwodel.checkpoint.plan import build_plan
+from qwodel.checkpoint.verify import LayerQuality, verify
+from qwodel.exceptions import ValidationError
+from qwodel.int8.recipe import Int8Arguments
+from qwodel.output import StagedOutput, disk_errors, require_space
+
+__all__ = ["Int8Conversion", "convert_to_int8"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Conversion:
+    """What was published.
+
+    Attributes:
+        path: the file.
+        quality: every quantized layer as the file decodes.
+        below_threshold: names of layers whose SQNR is below ``quality_threshold``.
+        warnings: what the user should know of the file.
+    """
+
+    path: Path
+    quality: tuple[LayerQuality, ...]
+    below_threshold: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def convert_to_int8(
+    input_file: str,
+    output_file: str,
+    comfy_quant: bool,
+    filter_flags: dict[str, bool],
+    calib_samples: int,
+    seed: int,
+    fp16: bool = False,
+    fallback: str | None = None,
+    custom_layers: str | None = None,
+    exclude_layers: str | None = None,
+    custom_type: str | None = None,
+    custom_block_size: int | None = None,
+    custom_scaling_mode: str | None = None,
+    custom_simple: bool = False,
+    custom_heur: bool = False,
+    fallback_block_size: int | None = None,
+    fallback_simple: bool = False,
+    full_precision_matrix_mult: bool = False,
+    skip_inefficient_layers: bool = False,
+    include_input_scale: bool = False,
+    no_learned_rounding: bool = False,
+    save_quant_metadata: bool = False,
+    layer_config: dict[str, Any] | None = None,
+    layer_config_fullmatch: bool = False,
+    low_memory: bool = False,
+    streaming_mode: str = "balanced",
+    streaming_thresholds: dict[str, int | None] | None = None,
+    no_memory_limits: bool = False,
+    report_quality: bool = False,
+    quality_threshold: float = 30.0,
+    smoothquant: bool = False,
+    smoothquant_alpha: float = 0.5,
+    calibration_data_path: str | None = None,
+    calibration_lora_path: str | None = None,
+    gptq_actorder: bool = False,
+    gptq_fast: bool = True,
+    gptq_turbo: bool = False,
+    quip_actorder: bool = True,
+    quip_hadamard: bool = True,
+    quip_seed: int | None = None,
+    quip_store_transformed: bool = False,
+    quip_requant_scheme: str = "tensor",
+    quip_requant_tensor_per_row: bool = True,
+    quip_checkpointed: bool = False,
+    quip_checkpoint_threshold: int = 8192,
+    quip_checkpoint_segments: int = 4,
+    merge_lora_path: str | None = None,
+    merge_lora_paths: list[str] | None = None,
+    merge_lora_scale: float = 1.0,
+    merge_lora_dampen: bool = True,
+    **converter_kwargs: Any,
+) -> Int8Conversion:
+    """Quantize the weights of one checkpoint to INT8 and write one safetensors file.
+
+    The file is written aside, read back layer by layer and published in one
+    rename, replacing ``output_file`` if it exists. Memory follows the largest
+    weight, with or without ``low_memory``; all computing is done on the CPU, so
+    ``streaming_mode`` has nothing to move there.
+
+    Args:
+        input_file: a ``.safetensors`` file, or a directory of shards.
+        output_file: the file to write.
+        comfy_quant: describe layers as ComfyUI reads them; otherwise the older names.
+        filter_flags: names of ``MODEL_FILTERS`` to switch on; with none the family is
+            detected from the tensors' names.
+        calib_samples: samples to take from calibration data; none are ever invented.
+        seed: of everything random.
+        fp16: cast every weight to FP16 instead.
+        fallback: ``"int8"`` or ``"fp16"`` (or any storage format) for layers that a model
+            filter or their shape keeps out.
+        custom_layers, custom_type, custom_block_size, custom_scaling_mode, custom_simple,
+            custom_heur: layers (by regular expression) with a format of their own; rounded to
+            nearest when simple; shapes that do not suit are left to the other rules when heur.
+        exclude_layers: regular expression of tensors to leave as they are.
+        report_quality: log every layer's SQNR, the worst first.
+        quality_threshold: in dB; layers below are warned of.
+        merge_lora_path, merge_lora_paths, merge_lora_scale, merge_lora_dampen: merged first;
+            the k-th counts 0.9ᵏ when dampened.
+        **converter_kwargs: ``scaling_mode`` (``"row"``, ``"tensor"`` or ``"block"``),
+            ``block_size``, ``optimizer`` and the options of learned rounding; ``workers``.
+
+    Raises:
+        ConfigurationError: an argument is unknown, has a bad value or would have no effect.
+        ValidationError: the input is no checkpoint, or a weight holds NaN or Inf.
+        IntegrityError: the input is damaged, or the output does not read back.
+        ResourceError: the disk is full.
+    """
+    given = dict(locals())
+    fixed = (
+        "input_file",
+        "output_file",
+        "comfy_quant",
+        "filter_flags",
+        "calib_samples",
+        "seed",
+        "converter_kwargs",
+    )
+    options = {name: value for name, value in given.items() if name not in fixed}
+    executor = make_executor(int(converter_kwargs.pop("workers", 1)))
+    arguments = Int8Arguments(comfy_quant, filter_flags, calib_samples, seed, options, converter_kwargs)
+    source, target = Path(input_file), Path(output_file)
+    if source.resolve() == target.resolve():
+        raise ValidationError(f"{target} is the input itself", hint="choose another output_file")
+    plan = build_plan(source, arguments.recipe(), arguments.layout())
+    log.info("model family: %s", plan.family)
+    with StagedOutput(target, overwrite=True) as output, disk_errors(f"writing {target.name}"):
+        require_space(output.scratch, plan.output_bytes, f"making {target.name}")
+        quality = verify(convert(plan, output.path, executor=executor), executor=executor)
+        output.publish(
+            {
+                "input": str(source),
+                "quality": [layer.as_dict() for layer in quality],
+                "warnings": list(plan.warnings),
+            }
+        )
+    below = _report(quality, quality_threshold, report_quality)
+    return Int8Conversion(target, quality, below, plan.warnings)
+
+
+def _report(quality: tuple[LayerQuality, ...], threshold: float, every_layer: bool) -> tuple[str, ...]:
+    worst_first = sorted(quality, key=lambda layer: layer.sqnr_db)
+    for layer in worst_first if every_layer else ():
+        log.info("%7.2f dB  %s", layer.sqnr_db, layer.name)
+    below = tuple(layer.name for layer in worst_first if layer.sqnr_db < threshold)
+    if below:
+        log.warning("%d layers are below %.1f dB, the worst %s", len(below), threshold, below[0])
+    return below

@@ -1,0 +1,186 @@
+"""The arguments of :func:`~qwodel.int8.convert.convert_to_int8`, checked and turned into an engine recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwodel.algorithms.converter_options import rounding_options
+from qwodel.checkpoint.comfyui import ComfyUILayout
+from qwodel.checkpoint.layer_config import LayerConfig
+from qwodel.checkpoint.layer_filters import validate_filters
+from qwodel.checkpoint.recipe import LayerOverride, LoraSource, Recipe
+from qwodel.checkpoint.rounding import Learned, Nearest, Rounding
+from qwodel.checkpoint.storage_format import StorageFormat, storage_format
+from qwodel.exceptions import ConfigurationError, did_you_mean
+
+__all__ = ["Int8Arguments"]
+
+_STREAMING_MODES = ("off", "minimal", "balanced", "aggressive", "auto")
+_SCALING_MODES = ("tensor", "row", "block")
+_LEARNING = {"optimizer": "original", "num_iter": 1000, "lr": 0.008, "top_p": 0.2, "min_k": 64, "max_k": 1024}
+_NEEDS_GPTQ = {"gptq_actorder": False, "gptq_fast": True, "gptq_turbo": False}
+_NEEDS_QUIP = {
+    "quip_actorder": True, "quip_hadamard": True, "quip_seed": None, "quip_store_transformed": False,
+    "quip_requant_scheme": "tensor", "quip_requant_tensor_per_row": True, "quip_checkpointed": False,
+    "quip_checkpoint_threshold": 8192, "quip_checkpoint_segments": 4,
+}  # fmt: skip
+_DEPENDENT: Mapping[tuple[str, ...], Mapping[str, Any]] = {
+    ("custom_layers",): {
+        "custom_type": None, "custom_block_size": None, "custom_scaling_mode": None, "custom_simple": False,
+        "custom_heur": False,
+    },
+    ("fallback",): {"fallback_block_size": None, "fallback_simple": False},
+    ("layer_config",): {"layer_config_fullmatch": False},
+    ("smoothquant",): {"smoothquant_alpha": 0.5},
+    ("merge_lora_path", "merge_lora_paths"): {"merge_lora_scale": 1.0, "merge_lora_dampen": True},
+}  # fmt: skip
+_UNSUPPORTED = {
+    "smoothquant": (False, "its factors need real activations, and readers of INT8 files cannot undo them"),
+    "calibration_data_path": (None, "this release chooses codes from the weights alone"),
+    "calibration_lora_path": (None, "this release chooses codes from the weights alone"),
+    "streaming_thresholds": (None, "everything is computed on the CPU, a few rows at a time"),
+    "no_memory_limits": (False, "there are no limits to lift: memory follows the largest tensor"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Arguments:
+    """Every argument of ``convert_to_int8`` but the two files; names and defaults are its own."""
+
+    comfy_quant: bool
+    filter_flags: Mapping[str, bool]
+    calib_samples: int
+    seed: int
+    options: Mapping[str, Any]
+    converter: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Refuse what would have no effect.
+
+        Raises:
+            ConfigurationError: names the argument and says why.
+        """
+        for name, (neutral, why) in _UNSUPPORTED.items():
+            if self.options[name] != neutral:
+                raise ConfigurationError(f"{name} is not supported: {why}", hint=f"leave {name} out")
+        methods: tuple[tuple[str, Mapping[str, Any]], ...] = (("gptq", _NEEDS_GPTQ), ("quip", _NEEDS_QUIP))
+        for method, needs in methods:
+            if self.converter.get("optimizer") == method:
+                raise ConfigurationError(
+                    f"optimizer={method!r} needs activation statistics, which this release does not take",
+                    hint="use original, adamw, radam or ppsf, or no_learned_rounding=True",
+                )
+            for name, neutral in needs.items():
+                if self.options[name] != neutral:
+                    raise ConfigurationError(f"{name} has an effect with optimizer={method!r} only")
+        for owner, dependents in _DEPENDENT.items():
+            if not any(self.options[name] for name in owner):
+                for name, neutral in dependents.items():
+                    if self.options[name] != neutral:
+                        raise ConfigurationError(f"{name} has an effect with {' or '.join(owner)} only")
+        if self.options["streaming_mode"] not in _STREAMING_MODES:
+            raise ConfigurationError(
+                f"there is no streaming mode {self.options['streaming_mode']!r}",
+                hint=f"modes: {', '.join(_STREAMING_MODES)}",
+            )
+        if self.calib_samples < 0:
+            raise ConfigurationError(f"calib_samples counts samples, so it is not {self.calib_samples}")
+
+    def layout(self) -> ComfyUILayout:
+        """Return the layout of the output file."""
+        return ComfyUILayout(
+            full_precision_matrix_mult=self.options["full_precision_matrix_mult"],
+            input_scale=self.options["include_input_scale"],
+            header_metadata=self.options["save_quant_metadata"],
+            legacy=not self.comfy_quant,
+        )
+
+    def recipe(self) -> Recipe:
+        """Return the engine's recipe.
+
+        Raises:
+            ConfigurationError: an argument has a bad value.
+        """
+        self.check()
+        options = self.options
+        rounding = self._rounding()
+        filters = validate_filters(self.filter_flags)
+        rules = options["layer_config"]
+        return Recipe(
+            format=self._format(),
+            rounding=rounding,
+            # No flag means that nobody has said what the model is: then its names do.
+            filters=filters or None,
+            custom_layers=self._custom(rounding),
+            exclude_layers=options["exclude_layers"],
+            fallback=_named(options["fallback"], None, options["fallback_block_size"]),
+            fallback_rounding=Nearest() if options["fallback_simple"] else rounding,
+            skip_inefficient_layers=options["skip_inefficient_layers"],
+            layer_config=LayerConfig.from_mapping(rules) if rules is not None else None,
+            layer_config_fullmatch=options["layer_config_fullmatch"],
+            loras=self._loras(),
+            dampen_loras=options["merge_lora_dampen"],
+        )
+
+    def _format(self) -> StorageFormat:
+        mode = self.converter.get("scaling_mode", "row")
+        size = self.converter.get("block_size")
+        if self.options["fp16"]:
+            return storage_format("fp16")
+        if mode not in _SCALING_MODES:
+            raise ConfigurationError(
+                f"there is no scaling mode {mode!r}", hint=did_you_mean(str(mode), _SCALING_MODES)
+            )
+        return storage_format(f"int8_{mode}", size if mode == "block" else None)
+
+    def _custom(self, rounding: Rounding) -> LayerOverride | None:
+        options = self.options
+        if options["custom_layers"] is None:
+            return None
+        wanted = _named(
+            options["custom_type"] or "int8", options["custom_scaling_mode"], options["custom_block_size"]
+        )
+        assert wanted is not None
+        chosen = Nearest() if options["custom_simple"] else rounding
+        return LayerOverride(options["custom_layers"], wanted, chosen, options["custom_heur"])
+
+    def _rounding(self) -> Rounding:
+        extra = {
+            name: value
+            for name, value in self.converter.items()
+            if name not in ("scaling_mode", "block_size")
+        }
+        if self.options["no_learned_rounding"] or self.options["fp16"]:
+            if extra:
+                raise ConfigurationError(
+                    f"{next(iter(extra))} belongs to learned rounding, which is switched off"
+                )
+            return Nearest()
+        settings = {**_LEARNING, "seed": self.seed, **extra}
+        return Learned(rounding_options(str(settings.pop("optimizer")), settings))
+
+    def _loras(self) -> tuple[LoraSource, ...]:
+        single, several = self.options["merge_lora_path"], self.options["merge_lora_paths"]
+        if single is not None and several:
+            raise ConfigurationError("give merge_lora_path or merge_lora_paths, not both")
+        paths = [single] if single is not None else list(several or ())
+        return tuple(LoraSource(Path(path), self.options["merge_lora_scale"]) for path in paths)
+
+
+def _named(kind: str | None, mode: str | None, block_size: int | None) -> StorageFormat | None:
+    """``"int8"`` with a scaling mode and block size, or any storage format by its own name."""
+    if kind is None:
+        return None
+    if kind == "int8":
+        mode = mode or ("block" if block_size else "row")
+        if mode not in _SCALING_MODES:
+            raise ConfigurationError(
+                f"there is no scaling mode {mode!r}", hint=did_you_mean(mode, _SCALING_MODES)
+            )
+        kind = f"int8_{mode}"
+    elif mode is not None:
+        raise ConfigurationError(f"a scaling mode belongs to int8, not to {kind}")
+    return storage_format(kind, block_size)

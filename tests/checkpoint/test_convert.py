@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qwodel.algorithms.quant_types import FP8_E4M3
+from qwodel.checkpoint.comfyui import ComfyUILayout
+from qwodel.checkpoint.convert import convert
+from qwodel.checkpoint.executor import ProcessExecutor, make_executor
+from qwodel.checkpoint.plan import build_plan
+from qwodel.checkpoint.recipe import Recipe
+from qwodel.checkpoint.rounding import Nearest, Rounding, ScaleSearch
+from qwodel.checkpoint.storage_format import STORAGE_FORMATS, storage_format
+from qwodel.checkpoint.transformers_layout import TransformersLayout
+from qwodel.checkpoint.verify import verify
+from qwodel.exceptions import Cancelled, ConversionError, IntegrityError, ValidationError
+from qwodel.progress import Progress
+from tests.checkpoint.checkpoints import llama_weights, random_weights, run, save_sharded, sqnr
+
+FORMATS = [name for name, each in STORAGE_FORMATS.items() if each.quantizes]
+
+
+def expand(scale: torch.Tensor, shape: torch.Size, size: int) -> torch.Tensor:
+    """A scale of any granularity as one factor for every weight; written apart from the library's own."""
+    if scale.ndim == 0 or (scale.shape[1] == 1 and scale.shape[0] == shape[0]):
+        return scale
+    rows = torch.arange(shape[0]) // size
+    cols = torch.arange(shape[1]) // size
+    return scale[rows][:, cols]
+
+
+values = st.one_of(
+    st.just(0.0),
+    st.floats(-1, 1, width=32),
+    st.floats(-(2.0**-126), 2.0**-126, allow_subnormal=True),
+    st.sampled_from([448.0, -3e4, 6e4, 1.0, -1.0]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 41), st.integers(1, 41)),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    name=st.sampled_from(FORMATS),
+    size=st.sampled_from([4, 7, 16]),
+    pool=st.lists(values, min_size=1, max_size=12),
+    search=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_weight_decodes_to_what_is_reported(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    name: str,
+    size: int,
+    pool: list[float],
+    search: bool,
+    seed: int,
+) -> None:
+    picks = torch.randint(len(pool), shape, generator=torch.Generator().manual_seed(seed))
+    weight = torch.tensor(pool, dtype=torch.float64)[picks].to(dtype)
+    wanted = storage_format(name)
+    recipe: dict[str, Any] = {"format": name, "block_size": size if wanted.granularity.is_block else None}
+    if search:
+        recipe["rounding"] = ScaleSearch()
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "in.safetensors", Path(folder) / "out.safetensors"
+        save_file({"blocks.0.proj.weight": weight}, source)
+        _, quality = run(source, target, **recipe)
+        out = load_file(target)
+    codes, scale = out["blocks.0.proj.weight"], out["blocks.0.proj.weight_scale"]
+    assert codes.shape == weight.shape
+    assert scale.dtype == torch.float32
+    decoded = (codes.float() * expand(scale, codes.shape, size)).double()
+    found = quality["blocks.0.proj.weight"]
+    error = (decoded - weight.double()).square()
+    power = float(weight.double().square().mean())
+    assert float(error.mean()) == pytest.approx(found.mse, rel=1e-3, abs=power * 1e-13 + 1e-80)
+    reported = found.sqnr_db
+    if reported < 120 and power > 1e-70:
+        assert sqnr(weight, decoded) == pytest.approx(reported, abs=0.05)
+    if not search:
+        peak = weight.double().abs().max()
+        # A step is at most 1/127 of the peak for INT8 and an eighth (E5M2: a quarter) of the value for FP8.
+        assert float(error.max()) <= float(peak / (8 if name.startswith("fp8") else 250)) ** 2 * 1.001 + 1e-70
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "int8_row"])
+def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, name: str) -> None:
+    save_sharded(tmp_path / "in", llama_weights(3), 2)
+    (tmp_path / "in" / "config.json").write_text("{}")
+    digests = set()
+    for workers in (1, 2, 4):
+        out = tmp_path / f"out{workers}"
+        run(
+            tmp_path / "in",
+            out,
+            TransformersLayout(),
+            workers,
+            format=name,
+            max_shard_size=20_000,
+            rounding=ScaleSearch(),
+        )
+        files = sorted(out.glob("*"))
+        assert len(files) > 3
+        digests.add(tuple((file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", ["int8_row", "fp8_e4m3", "int8_block", "fp16"])
+def test_the_plan_knows_the_exact_size(tmp_path: Path, name: str) -> None:
+    save_sharded(tmp_path / "in", llama_weights(2), 2)
+    (tmp_path / "in" / "config.json").write_text('{"torch_dtype": "bfloat16"}')
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    conversion, _ = run(
+        tmp_path / "in", tmp_path / "out", TransformersLayout(), format=name, max_shard_size=30_000
+    )
+    written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*"))
+    assert written == conversion.plan.output_bytes
+    table = conversion.plan.table()
+    assert all(each.name in table for each in conversion.plan.tensors)
+    assert f"{written:,} bytes" in table
+
+
+def test_slabs_of_a_large_weight_equal_the_whole(tmp_path: Path) -> None:
+    from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
+    from qwodel.algorithms.scales import quantize
+
+    weight = random_weights({"w": (3001, 1500)}, torch.float32)["w"]
+    weight[:1500] = 0  # the first slab has nothing to say of the scale
+    weight[2999, 7] = 3.0
+    save_file({"a.weight": weight}, tmp_path / "in.safetensors")
+    for name, granularity in (
+        ("int8_tensor", TENSOR),
+        ("int8_row", ROW),
+        ("int8_block", Granularity.block(128)),
+    ):
+        run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", format=name)
+        out, whole = load_file(tmp_path / "out.safetensors"), quantize(weight, INT8, granularity)
+        assert torch.equal(out["a.weight"], whole.codes)
+        assert torch.equal(out["a.weight_scale"], whole.scale)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("rounding", [None, ScaleSearch()])
+def test_nonfinite_weights_are_named_or_kept(tmp_path: Path, bad: float, rounding: Any) -> None:
+    weights = llama_weights(2)
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = bad
+    save_file(weights, tmp_path / "in.safetensors")
+    extra = {"rounding": rounding} if rounding else {}
+    with pytest.raises(ValidationError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", **extra)
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", nonfinite="keep", **extra)
+    out = load_file(tmp_path / "out.safetensors")
+    kept = out["model.layers.1.mlp.down_proj.weight"]
+    assert kept.dtype == torch.bfloat16
+    assert torch.equal(kept.isfinite(), weights["model.layers.1.mlp.down_proj.weight"].isfinite())
+    assert out["model.layers.0.mlp.down_proj.weight"].dtype == torch.int8
+
+
+def test_what_is_not_quantized_is_copied_bit_for_bit(tmp_path: Path) -> None:
+    weights = llama_weights(1) | {
+        "model.layers.0.self_attn.q_proj.bias": torch.randn(64),
+        "steps": torch.arange(5),
+        "flag": torch.tensor(True),
+        "empty.weight": torch.empty(0, 8),
+        "conv.weight": torch.randn(4, 3, 3, 3),
+        "odd": torch.randn(3, dtype=torch.float64),
+    }
+    save_file(weights, tmp_path / "in.safetensors", {"author": "somebody"})
+    conversion, quality = run(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    out = load_file(tmp_path / "out.safetensors")
+    for name, weight in weights.items():
+        if name not in quality:
+            assert out[name].dtype == weight.dtype
+            assert torch.equal(out[name], weight)
+    assert {each.name for each in conversion.plan.tensors} == set(weights)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"author": "somebody"}
+
+
+def test_casting_to_fp16_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.full((2, 2), 1e6)}, tmp_path / "in.safetensors")
+    with pytest.raises(ValidationError, match=r"a\.weight"):
+        run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", format="fp16")
+
+
+def test_casting_to_fp16(tmp_path: Path) -> None:
+    weights = llama_weights(1, torch.float32) | {"t": torch.tensor(0.5), "n": torch.arange(3)}
+    save_file(weights, tmp_path / "in.safetensors")
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", format="fp16")
+    out = load_file(tmp_path / "out.safetensors")
+    for name, weight in weights.items():
+        assert torch.equal(out[name], weight.half() if weight.is_floating_point() else weight)
+
+
+def test_files_keep_wide_dtypes_aligned(tmp_path: Path) -> None:
+    save_file(llama_weights(1), tmp_path / "in.safetensors")
+    conversion, _ = run(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    (file,) = conversion.plan.files
+    for each in conversion.plan.tensors:
+        for tensor in each.outputs:
+            itemsize = {"F32": 4, "BF16": 2}.get(tensor.dtype, 1)
+            assert file.offsets[tensor.name] % itemsize == 0
+
+
+@pytest.mark.parametrize("rounding", [Nearest(), ScaleSearch()])
+@pytest.mark.parametrize("victim", ["codes", "scale", "copy", "description"])
+def test_a_flipped_byte_is_found(tmp_path: Path, victim: str, rounding: Rounding) -> None:
+    save_file(llama_weights(1), tmp_path / "in.safetensors")
+    recipe = Recipe(format=storage_format("int8_row"), rounding=rounding)
+    plan = build_plan(tmp_path / "in.safetensors", recipe, ComfyUILayout())
+    conversion = convert(plan, tmp_path / "out.safetensors")
+    layer = "model.layers.0.mlp.down_proj"
+    name = {
+        "codes": f"{layer}.weight",
+        "scale": f"{layer}.weight_scale",
+        "copy": "lm_head.weight",
+        "description": f"{layer}.comfy_quant",
+    }
+    place = plan.files[0].offsets[name[victim]]
+    with (tmp_path / "out.safetensors").open("r+b") as file:
+        file.seek(place + 2)
+        byte = file.read(1)[0]
+        file.seek(place + 2)
+        file.write(bytes([byte ^ 0x40]))
+    with pytest.raises((IntegrityError, ValidationError)):
+        verify(conversion)
+
+
+class Breaks:
+    """A rounding whose worker dies."""
+
+    name = "breaks"
+
+    def rows_apart(self, granularity: object) -> bool:
+        return False
+
+    def round(self, *_: Any, layer: str) -> Any:
+        os._exit(9)
+
+
+def test_a_dead_worker_is_a_typed_error(tmp_path: Path) -> None:
+    save_file(llama_weights(1), tmp_path / "in.safetensors")
+    plan = build_plan(
+        tmp_path / "in.safetensors",
+        Recipe(format=storage_format("int8_row"), rounding=Breaks()),
+        ComfyUILayout(),
+    )
+    with pytest.raises(ConversionError, match="worker process died"):
+        convert(plan, tmp_path / "out.safetensors", executor=ProcessExecutor(2))
+
+
+def test_errors_cross_from_workers_with_their_hint(tmp_path: Path) -> None:
+    weights = llama_weights(1)
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, tmp_path / "in.safetensors")
+    with pytest.raises(ValidationError, match="down_proj") as caught:
+        run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", workers=2)
+    assert caught.value.hint
+
+
+def test_a_callback_that_raises_cancels(tmp_path: Path) -> None:
+    save_file(llama_weights(1), tmp_path / "in.safetensors")
+
+    def callback(percent: int, stage: str, message: str) -> None:
+        if percent > 50:
+            raise RuntimeError("enough")
+
+    plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
+    with pytest.raises(Cancelled):
+        convert(
+            plan,
+            tmp_path / "out.safetensors",
+            progress=Progress(callback, {"quantize": 1}),
+            executor=make_executor(2),
+        )
+
+
+def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
+    save_file(llama_weights(1), tmp_path / "in.safetensors")
+
+    def callback(percent: int, stage: str, message: str) -> None:
+        if percent > 20:
+            raise KeyboardInterrupt
+
+    plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
+    progress = Progress(callback, {"quantize": 1})
+    with pytest.raises(KeyboardInterrupt) as caught:
+        convert(plan, tmp_path / "out.safetensors", progress=progress, executor=make_executor(2))
+    assert not multiprocessing.active_children()
+    assert caught.value.__traceback__ is not None
+
+
+def test_progress_counts_bytes_up_to_the_end_of_the_stage(tmp_path: Path) -> None:
+    save_file(llama_weights(2), tmp_path / "in.safetensors")
+    seen: list[int] = []
+    plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
+    conversion = convert(
+        plan, tmp_path / "out.safetensors", progress=Progress(lambda p, *_: seen.append(p), {"quantize": 1})
+    )
+    assert seen == sorted(seen)
+    assert seen[-1] == 99
+    assert conversion.files == (tmp_path / "out.safetensors",)
+
+
+def test_step_of_fp8_is_what_the_bound_assumes() -> None:
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    power = (codes.view(torch.int32) & 0x7F800000).view(torch.float32)
+    step = (power * 2.0**-FP8_E4M3.mantissa_bits).clamp(min=FP8_E4M3.smallest_step)
+    assert torch.equal(codes[1:] - codes[:-1], step[:-1])

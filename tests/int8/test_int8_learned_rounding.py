@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import qwodel.int8 as int8
+from qwodel.algorithms.quant_types import INT8, ROW
+from qwodel.algorithms.scales import quantize
+from qwodel.exceptions import ConfigurationError
+
+
+def weight_of(rows: int = 96, cols: int = 150) -> torch.Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+
+
+def test_constructor_defaults_are_the_documented_ones():
+    parameters = inspect.signature(int8.LearnedRoundingConverter).parameters
+    documented = {
+        "block_size": 128,
+        "num_iter": 1000,
+        "lr": 0.008,
+        "optimizer": "original",
+        "lr_schedule": "adaptive",
+        "top_p": 0.2,
+        "min_k": 64,
+        "max_k": 1024,
+    }
+    assert documented.items() <= {name: p.default for name, p in parameters.items()}.items()
+    assert int8.LearnedRoundingConverter().options.schedule.lr == 0.008
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape"), [("tensor", ()), ("row", (96, 1)), ("block", (2, 3)), ("group", (96, 3))]
+)
+def test_shapes_and_that_the_parts_fit_together(mode, shape):
+    converter = int8.LearnedRoundingConverter(block_size=64, num_iter=20, scaling_mode=mode)
+    codes, scale, dequantized = converter.convert(weight_of())
+    assert (codes.dtype, tuple(scale.shape)) == (int8.TARGET_INT8_DTYPE, shape)
+    assert scale.dtype == int8.SCALE_DTYPE
+    everywhere = scale
+    if mode == "block":
+        everywhere = everywhere.repeat_interleave(64, dim=0)[:96]
+    if mode in ("block", "group"):
+        everywhere = everywhere.repeat_interleave(64, dim=1)[:, :150]
+    assert torch.equal(dequantized, codes.float() * everywhere)
+    assert int(codes.abs().max()) <= int8.INT8_SYMMETRIC_MAX
+
+
+def test_statistics_lower_the_output_error():
+    weight, generator = weight_of(), torch.Generator().manual_seed(1)
+    mix = torch.randn(150, 150, generator=generator)
+    inputs = torch.randn(400, 150, generator=generator) * torch.logspace(1, -2, 150) @ mix
+    converter = int8.LearnedRoundingConverter()
+
+    def output_error(dequantized):
+        return float((inputs @ (dequantized - weight).T).double().square().sum())
+
+    nearest = output_error(quantize(weight, INT8, ROW).dequantize())
+    assert output_error(converter.convert(weight, gram=inputs.T @ inputs)[2]) < 0.4 * nearest
+    strength = inputs.square().mean(dim=0).sqrt()
+    weighted = ((converter.convert(weight, activation_scales=strength)[2] - weight) * strength).square().sum()
+    plain = ((quantize(weight, INT8, ROW).dequantize() - weight) * strength).square().sum()
+    assert weighted < plain
+
+
+def test_bad_arguments():
+    with pytest.raises(ConfigurationError, match="axis"):
+        int8.LearnedRoundingConverter(scaling_mode="axis")
+    with pytest.raises(ConfigurationError, match="device"):
+        int8.LearnedRoundingConverter(device="cuda")
+    with pytest.raises(ConfigurationError):
+        int8.LearnedRoundingConverter(block_size=0)
+
+
+def test_every_public_name_is_listed():
+    assert set(int8.__all__) <= set(dir(int8))
