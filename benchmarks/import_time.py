@@ -12,12 +12,19 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import entry_points
+
+
+def _console_script() -> str:
+    """Return the program that the installed ``qwodel`` command runs."""
+    (script,) = entry_points(group="console_scripts", name="qwodel")
+    return f"from {script.module} import {script.attr}; {script.attr}()"
+
 
 _COMMANDS: dict[str, tuple[list[str], float]] = {
     "python -c pass": (["-c", "pass"], 1.0),
     "python -c 'import qwodel'": (["-c", "import qwodel"], 1.5),
-    # What the console script does.
-    "qwodel --help": (["-c", "from qwodel.cli.main import main; main()", "--help"], 5.0),
+    "qwodel --help": (["-c", _console_script(), "--help"], 5.0),
 }
 """Label → interpreter arguments, and the ratio to aim at."""
 
