@@ -5,9 +5,10 @@ The public names load on first use (PEP 562), so ``import qwodel`` costs next to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's own constant would cost as much as the whole interpreter's start
 if TYPE_CHECKING:
+    from typing import Any
+
     from qwodel.exceptions import (
         BackendNotFoundError,
         CalibrationError,

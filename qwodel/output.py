@@ -133,7 +133,7 @@ class StagedOutput:
         if self.final.exists() and not self.overwrite:
             raise ValidationError(
                 f"{self.final} exists already",
-                hint="pass overwrite=True to replace it, or choose another output_dir",
+                hint="pass overwrite=True (--overwrite) to replace it, or choose another output_dir",
             )
 
     def _make_folder(self, folder: Path) -> None:

@@ -175,7 +175,7 @@ class BaseQuantizer(ABC, Generic[OptionsT]):
             where = ".".join(str(part) for part in first["loc"])
             # pydantic's own text would repeat the value, which may be a token.
             raise ConfigurationError(
-                f"{cls.name} option {where!r}: {first['msg']}",
+                f"{cls.name} option {where!r}: {first['msg'].removeprefix('Value error, ')}",
                 hint=fields[str(first["loc"][0])].description if first["loc"] else None,
             ) from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ __all__ = ["backend_states", "check"]
 
 def check(json_: JsonFlag = False) -> None:
     """Show what this machine has, what each backend still needs, and how to get it."""
+    import platform
+
     from qwodel import __version__
     from qwodel.cli.report import human_bytes, print_json, print_table
     from qwodel.hardware import available_memory, cpu_count, list_gpus

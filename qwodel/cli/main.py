@@ -62,9 +62,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was published", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer catches KeyboardInterrupt itself, and says nothing
+            typer.echo("interrupted; nothing was published", err=True)
+        raise
     except Exception as error:
         from qwodel.cli.report import exit_code, show_error
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +61,8 @@ def quantize(
       qwodel quantize HuggingFaceTB/SmolLM2-135M-Instruct -b gguf -f Q8_0
       qwodel quantize ./model -b gguf -f IQ2_M -O calibration_dataset=text.txt
     """
+    import logging
+
     from qwodel.cli.report import print_json, progress_display
     from qwodel.quantizer import Quantizer
 
@@ -94,6 +94,8 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     Raises:
         typer.BadParameter: a pair has no ``=``, or a key comes twice.
     """
+    import json
+
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

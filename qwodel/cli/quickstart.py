@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ def quickstart(
     from qwodel.demo import QUESTION, demo_model, speak
     from qwodel.quantizer import Quantizer
 
+    # The table below says what the adapter's warning would.
+    logging.getLogger("GGUFQuantizer").setLevel(logging.ERROR)
     load_backend("gguf")
     model = demo_model(cache_dir(), lambda text: typer.echo(f"• {text}", err=True))
     with progress_display(quiet=False) as callback:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
@@ -23,7 +24,7 @@ from qwodel.backends.gguf.verify import (
     measure,
 )
 from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityError, ValidationError
-from qwodel.gguf_header import GGUFHeader, read_gguf_header
+from qwodel.gguf_header import GGML_TYPES, GGUFHeader, read_gguf_header
 from qwodel.output import require_space
 from qwodel.source import ModelSource
 
@@ -76,9 +77,11 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
     def stage_weights(
         self, source: ModelSource, spec: FormatSpec, options: GGUFOptions
     ) -> Mapping[str, float]:
-        weights: dict[str, float] = {"resolve": 1, "quantize": 50, "verify": 4, "publish": 1}
+        # Grid types search; the others round.
+        slow = file_type(spec.name).main_type.startswith("IQ")
+        weights: dict[str, float] = {"resolve": 1, "quantize": 400 if slow else 30, "verify": 4, "publish": 1}
         if source.input_format != "gguf":
-            weights["convert"] = 40
+            weights["convert"] = 60
         if options.calibration_dataset is not None:
             weights["calibrate"] = 120
         return weights
@@ -88,8 +91,10 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         outtype = steps.intermediate_type(source)
         _require_space(job, outtype)
         is_gguf = source.input_format == "gguf"
+        kept = _kept_intermediate(job, outtype)
         origin = list(source.weight_files) if is_gguf else [steps.convert(job, outtype)]
         headers = [read_gguf_header(file) for file in origin]
+        _check_types(options, headers)
         matrix = importance_matrix(job, origin[0], headers)
         fallbacks, loaded = steps.quantize(job, origin[0], headers, matrix.path if matrix else None)
         self._verify(job, headers, loaded)
@@ -104,8 +109,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
                 len(headers[0].tensors),
                 job.format.name,
             )
-        if options.keep_intermediate and not is_gguf:
-            kept = job.output.final.with_name(f"{_model_name(source)}-{outtype.upper()}.gguf")
+        if kept is not None:
             origin[0].replace(kept)
             job.report["intermediate"] = str(kept)
 
@@ -150,6 +154,38 @@ def _model_name(source: ModelSource) -> str:
     return _ENCODING_SUFFIX.sub("", _SPLIT_SUFFIX.sub("", source.name)) or source.name
 
 
+def _kept_intermediate(job: Job[GGUFOptions], outtype: str) -> Path | None:
+    """Return where the intermediate will be kept, or ``None``; refuse to replace what is there."""
+    if not job.options.keep_intermediate or job.source.input_format == "gguf":
+        return None
+    kept = job.output.final.with_name(f"{_model_name(job.source)}-{outtype.upper()}.gguf")
+    if kept.exists() and not job.output.overwrite:
+        raise ValidationError(
+            f"{kept} exists already, and keep_intermediate would replace it",
+            hint="start from it, pass overwrite=True (--overwrite), or choose another output_dir",
+        )
+    return kept
+
+
+def _check_types(options: GGUFOptions, headers: list[GGUFHeader]) -> None:
+    """Refuse types that llama.cpp would not apply, or only fail on."""
+    shapes = {tensor.name: tensor.shape for header in headers for tensor in header.tensors.values()}
+    for pattern in options.tensor_types:
+        if not any(re.search(pattern, name) for name in shapes):
+            raise ConfigurationError(
+                f"tensor_types: no tensor of the model matches {pattern!r}",
+                hint=f"names look like {next((n for n in shapes if n.startswith('blk.')), next(iter(shapes)))}",
+            )
+    wanted, shape = options.token_embedding_type, shapes.get("token_embd.weight")
+    if wanted is not None and shape is not None:
+        block = next(block for name, block, _ in GGML_TYPES.values() if name == wanted)
+        if shape[-1] % block:
+            raise ConfigurationError(
+                f"token_embedding_type {wanted} needs rows that divide by {block}, and token_embd.weight has {shape[-1]}",
+                hint="take a type with blocks of 32, such as Q8_0 or Q5_0",
+            )
+
+
 def _check_requantize(source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> None:
     quantized = [kind for kind in source.dtypes if kind not in ("F32", "F16", "BF16", "F64")]
     if quantized and not options.allow_requantize:
@@ -186,4 +222,4 @@ def _require_space(job: Job[GGUFOptions], outtype: str) -> None:
     intermediate = 0.0
     if job.source.input_format != "gguf":
         intermediate = job.source.parameters * (4 if outtype == "f32" else 2)
-    require_space(job.output.scratch, int(intermediate + result), f"making {job.output.final.name}")
+    require_space(job.output.final.parent, int(intermediate + result), f"making {job.output.final.name}")

@@ -87,15 +87,15 @@ def run_worker(
             if kind == "heartbeat":
                 on_heartbeat()
             elif kind == "line":
-                words.append(payload)
+                words.append(payload + "\n")
                 on_line(payload)
             elif "result" in payload:
                 result = payload["result"]
             elif "failure" in payload:
                 failure = payload["failure"]
             else:
-                if "log" in payload and payload["log"].strip():
-                    words.append(payload["log"].rstrip("\n"))
+                if "log" in payload:
+                    _remember(words, payload["log"])
                 on_event(payload)
     finally:
         _end(process)
@@ -105,6 +105,13 @@ def run_worker(
     if result is None or process.returncode != 0:
         raise _died(task, process.returncode, words)
     return result
+
+
+def _remember(words: deque[str], fragment: str) -> None:
+    """Add a piece of llama.cpp's log, which comes in parts of lines."""
+    if words and not words[-1].endswith("\n"):
+        fragment = words.pop() + fragment
+    words.append(fragment)
 
 
 def _streams(process: subprocess.Popen[bytes], events: int) -> Iterator[tuple[str, Any]]:
@@ -158,11 +165,15 @@ def _reported(task: str, failure: Mapping[str, Any], words: deque[str]) -> Excep
         return ResourceError(
             f"{task} ran out of memory: {failure['message']}", hint="use a machine with more memory"
         )
-    return NativeFailure(failure["message"], lines=tuple(words))
+    return NativeFailure(failure["message"], lines=_lines(words))
+
+
+def _lines(words: deque[str]) -> tuple[str, ...]:
+    return tuple(line.strip() for line in words)
 
 
 def _died(task: str, code: int, words: deque[str]) -> Exception:
-    last = next((line for line in reversed(words) if line.strip()), "it said nothing")
+    last = next((line for line in reversed(_lines(words)) if line), "it said nothing")
     if code < 0:
         name = signal.Signals(-code).name
         if name == "SIGKILL":
@@ -170,7 +181,9 @@ def _died(task: str, code: int, words: deque[str]) -> Exception:
                 f"the {task} process was killed (SIGKILL), most likely for memory; its last words: {last}",
                 hint="use a machine with more memory, or lower nthread",
             )
-        return NativeFailure(f"the {task} process died of {name}; its last words: {last}", lines=tuple(words))
+        return NativeFailure(
+            f"the {task} process died of {name}; its last words: {last}", lines=_lines(words)
+        )
     return NativeFailure(
         f"the {task} process ended with code {code}; its last words: {last}", lines=tuple(words)
     )

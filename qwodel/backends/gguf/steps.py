@@ -14,7 +14,13 @@ from qwodel.backends.gguf.native import NativeFailure, run_worker
 from qwodel.backends.gguf.options import GGUFOptions
 from qwodel.backends.gguf.toolchain import converter
 from qwodel.backends.gguf.verify import PROBE
-from qwodel.exceptions import CalibrationError, ConversionError, QuantizationError, ValidationError
+from qwodel.exceptions import (
+    CalibrationError,
+    ConversionError,
+    QuantizationError,
+    ResourceError,
+    ValidationError,
+)
 from qwodel.gguf_header import GGUFHeader
 from qwodel.hardware import cpu_count
 from qwodel.progress import Progress
@@ -97,6 +103,11 @@ def _converter_error(failure: NativeFailure, source: ModelSource) -> Quantizatio
         ):
             cause = match[2] or match[1]
             break
+    if re.fullmatch(r"\d+ requested and \d+ written", cause):  # numpy's word for a short write
+        return ResourceError(
+            f"the disk is full, or a file size limit is reached, while converting {source.name}",
+            hint="free some space, or choose an output_dir on a larger disk",
+        )
     if "pre-tokenizer" in cause:
         return ValidationError(
             f"llama.cpp does not know the tokenizer of {source.name}: {cause}",

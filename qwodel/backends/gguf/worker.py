@@ -32,6 +32,7 @@ def convert(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     script = Path(request["script"])
     sys.path.insert(0, str(script.parent))
     sys.argv = [str(script), *request["arguments"]]
+    _refuse_remote_code()
     emit({"started": "convert"})
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -39,6 +40,26 @@ def convert(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         if stop.code not in (0, None):
             raise RuntimeError(f"the converter gave up ({stop.code})") from stop
     return {}
+
+
+def _refuse_remote_code() -> None:
+    """Keep transformers from running code of the model directory.
+
+    The converter passes ``trust_remote_code=True`` for some architectures, and
+    which architecture it is, the directory itself says.
+    """
+    from transformers import dynamic_module_utils as dynamic
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("the model directory carries code of its own, and qwodel does not run it")
+
+    def resolve(_: Any, __: Any, has_local_code: bool, has_remote_code: bool, *___: Any, **____: Any) -> bool:
+        if has_remote_code and not has_local_code:
+            refuse()
+        return False
+
+    dynamic.resolve_trust_remote_code = resolve
+    dynamic.get_class_in_module = refuse
 
 
 def _watch_parent() -> None:

@@ -114,7 +114,7 @@ def test_q8_0_writes_what_the_source_writes(stories15m: Path, stories_gguf: Path
 @pytest.mark.slow
 def test_smollm2_q8_0_writes_what_the_source_writes(smollm2_gguf: Path, tmp_path: Path) -> None:
     path = quantize(smollm2_gguf, tmp_path, "gguf", "Q8_0")
-    prompt = "The capital of France is"
+    prompt = "Once upon a time"
     assert greedy(path, prompt, 30) == greedy(smollm2_gguf, prompt, 30)
 
 
