@@ -108,6 +108,11 @@ def _converter_error(failure: NativeFailure, source: ModelSource) -> Quantizatio
             f"the disk is full, or a file size limit is reached, while converting {source.name}",
             hint="free some space, or choose an output_dir on a larger disk",
         )
+    if "carries code of its own" in cause:
+        return ValidationError(
+            f"{source.name}: {cause}",
+            hint="use a release of the model that transformers supports by itself, or convert it in a sandbox of your own",
+        )
     if "pre-tokenizer" in cause:
         return ValidationError(
             f"llama.cpp does not know the tokenizer of {source.name}: {cause}",

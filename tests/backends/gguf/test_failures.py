@@ -174,26 +174,30 @@ def test_weights_that_are_not_finite_are_refused(stories15m: Path, tmp_path: Pat
     assert _left_over(tmp_path / "out") == []
 
 
-EVIL = "open({marker!r}, 'w').write('ran')\nclass EvilTokenizer: pass\n"
+EVIL = """
+open({marker!r}, "w").write("ran")
+from transformers import PreTrainedTokenizerFast
+class EvilTokenizer(PreTrainedTokenizerFast): pass
+"""
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "DreamModel", "QWenLMHeadModel"])
-def test_code_in_a_model_directory_never_runs(stories15m: Path, tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["DreamModel", "LLaDAModelLM"])
+def test_code_in_a_model_directory_never_runs(
+    stories15m: Path, smollm2: Path, tmp_path: Path, architecture: str
+) -> None:
+    """The converter trusts remote code for these architectures, and the directory says which it is."""
     marker = tmp_path / "ran"
-    model = _copy(
-        stories15m, tmp_path / "model", architectures=[architecture],
-        auto_map={"AutoConfig": "evil.EvilTokenizer", "AutoModelForCausalLM": "evil.EvilTokenizer"},
-    )  # fmt: skip
-    (model / "evil.py").write_text(EVIL.format(marker=str(marker)))
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    config["auto_map"] = {"AutoTokenizer": ["evil.EvilTokenizer", None]}
-    config["tokenizer_class"] = "EvilTokenizer"
+    model = _copy(stories15m, tmp_path / "model", architectures=[architecture])
+    (model / "tokenizer.model").unlink()
+    shutil.copy(smollm2 / "tokenizer.json", model)
+    (model / "tokenization_evil.py").write_text(EVIL.format(marker=str(marker)))
+    auto_map = {"AutoTokenizer": ["tokenization_evil.EvilTokenizer", None]}
+    config = {"auto_map": auto_map, "tokenizer_class": "EvilTokenizer"}
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    try:
+    with pytest.raises(ValidationError, match="carries code of its own, and qwodel does not run it"):
         quantize(model, tmp_path / "out", "gguf", "Q8_0")
-    except QuantizationError:
-        assert _left_over(tmp_path / "out") == []
     assert not marker.exists()
+    assert _left_over(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("stage", ["resolve", "convert", "quantize", "verify", "publish"])
