@@ -102,6 +102,8 @@ def _converter_error(failure: NativeFailure, source: ModelSource) -> Quantizatio
             and "gave up" not in line
         ):
             cause = match[2] or match[1]
+            if match[1] == "KeyError":
+                cause = f"config.json or the tokenizer's files lack the key {match[2]}"
             break
     if re.fullmatch(r"\d+ requested and \d+ written", cause):  # numpy's word for a short write
         return ResourceError(
