@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwodel.backends import backend_names, is_available, load_backend
-from qwodel.backends.base import Result
+from qwodel.backends.base import DryRun, Result
 from qwodel.hub import HubModel, looks_like_hub_id
 from qwodel.progress import Progress, ProgressCallback
 from qwodel.source import ModelSource, inspect_source
@@ -78,6 +78,22 @@ class Quantizer:
         self._result = self._backend.quantize(source, self.output_dir, spec, options, progress)
         progress.complete(str(self._result.path))
         return self._result.path
+
+    def plan(self, format: str, **kwargs: Any) -> DryRun:  # noqa: A002 - the public name
+        """Return what :meth:`quantize` would write, tensor by tensor, without writing anything.
+
+        The result has ``output_bytes`` (exact) and ``table()`` (text). A hub model is downloaded.
+
+        Raises:
+            ConfigurationError: the backend has no dry run (``gguf``), or an option is bad.
+            FormatNotSupportedError: the backend has no such format.
+        """
+        spec = self._backend.find_format(format)
+        options = self._backend.parse_options(kwargs, self._options)
+        source = self._source or self._download(Progress(self._callback, {"resolve": 1}), options)
+        self._backend.check_source(source)
+        self._backend.check(source, spec, options)
+        return self._backend.plan(source, spec, options)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return facts about the source and, after :meth:`quantize`, about the result.

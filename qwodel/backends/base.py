@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import ValidationError as PydanticError
@@ -25,7 +25,7 @@ from qwodel.output import FileHashes, StagedOutput, disk_errors, size_of
 from qwodel.progress import Progress
 from qwodel.source import INPUT_FORMATS, ModelSource
 
-__all__ = ["BackendOptions", "BaseQuantizer", "FormatSpec", "Job", "Result", "format_key"]
+__all__ = ["BackendOptions", "BaseQuantizer", "DryRun", "FormatSpec", "Job", "Result", "format_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,17 @@ class BackendOptions(BaseModel):
 
 
 OptionsT = TypeVar("OptionsT", bound=BackendOptions)
+
+
+class DryRun(Protocol):
+    """What a run would do: exact bytes, and a table for people."""
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of everything that would be written but the manifest."""
+
+    def table(self) -> str:
+        """Return a line a tensor (what becomes of it, and why), then the totals."""
 
 
 @dataclass
@@ -135,6 +146,14 @@ class BaseQuantizer(ABC, Generic[OptionsT]):
     def stage_weights(self, source: ModelSource, spec: FormatSpec, options: OptionsT) -> Mapping[str, float]:
         """Return the stages this run will have and their shares of wall time."""
         return self.stages
+
+    def plan(self, source: ModelSource, spec: FormatSpec, options: OptionsT) -> DryRun:
+        """Return what a run would write, without doing any of it.
+
+        Raises:
+            ConfigurationError: this backend learns the sizes only by doing the work.
+        """
+        raise ConfigurationError(f"the {self.name} backend has no dry run")
 
     @classmethod
     def find_format(cls, text: str) -> FormatSpec:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Backend", "JsonFlag", "complete_backend", "complete_format"]
+__all__ = [
+    "Backend",
+    "FormatOption",
+    "JsonFlag",
+    "OptionPairs",
+    "complete_backend",
+    "complete_format",
+    "parse_options",
+]
 
 
 def complete_backend(incomplete: str) -> list[str]:
@@ -34,4 +42,40 @@ Backend = Annotated[
         "--backend", "-b", help="Backend; see `qwodel list-backends`.", autocompletion=complete_backend
     ),
 ]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format", "-f", help="Format; see `qwodel list-formats BACKEND`.", autocompletion=complete_format
+    ),
+]
+OptionPairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "-O", metavar="KEY=VALUE",
+        help="A backend option, VALUE as JSON or plain text; repeat for more. See `qwodel list-options BACKEND`.",
+    ),
+]  # fmt: skip
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Parse ``key=value`` pairs; a value that is JSON is taken as such, anything else as text.
+
+    Raises:
+        typer.BadParameter: a pair has no ``=``, or a key comes twice.
+    """
+    import json
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE")
+        if key in options:
+            raise typer.BadParameter(f"{key} is given twice")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options

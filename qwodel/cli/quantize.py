@@ -7,35 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from qwodel.cli.arguments import Backend, complete_format
+from qwodel.cli.arguments import Backend, FormatOption, OptionPairs, parse_options
 
-__all__ = ["parse_options", "quantize"]
+__all__ = ["quantize"]
 
 
 def quantize(
     model: Annotated[str, typer.Argument(help="A model directory, a model file, or a hub id (owner/name).")],
     backend: Backend,
-    format: Annotated[  # noqa: A002 - the option's name
-        str,
-        typer.Option(
-            "--format",
-            "-f",
-            help="Format; see `qwodel list-formats BACKEND`.",
-            autocompletion=complete_format,
-        ),
-    ],
+    format: FormatOption,  # noqa: A002 - the option's name
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Where the result goes.")] = Path(
         "quantized_models"
     ),
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            "-O",
-            metavar="KEY=VALUE",
-            help="A backend option, VALUE as JSON or plain text; repeat for more. See `qwodel list-options BACKEND`.",
-        ),
-    ] = None,
+    option: OptionPairs = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     token: Annotated[
         str | None,
@@ -86,29 +70,6 @@ def quantize(
         typer.echo(str(path))
     else:
         _summary(info)
-
-
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Parse ``key=value`` pairs; a value that is JSON is taken as such, anything else as text.
-
-    Raises:
-        typer.BadParameter: a pair has no ``=``, or a key comes twice.
-    """
-    import json
-
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key:
-            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE")
-        if key in options:
-            raise typer.BadParameter(f"{key} is given twice")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
 
 
 def _summary(info: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from qwodel.cli.arguments import parse_options
 from qwodel.cli.main import app
-from qwodel.cli.quantize import parse_options
 
 
 def qwodel(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -150,6 +150,21 @@ def test_inspect(stories15m: Path) -> None:
     text = qwodel("inspect", stories15m).stdout
     assert "15,191,712" in text
     assert "LlamaForCausalLM" in text
+
+
+def test_a_plan_gives_the_exact_size_and_writes_nothing(stories15m: Path, tmp_path: Path) -> None:
+    arguments = (stories15m, "-b", "int8", "-f", "int8_row")
+    planned = json.loads(qwodel("plan", *arguments, "--json", cwd=tmp_path).stdout)
+    assert not list(tmp_path.iterdir())
+    done = qwodel("quantize", *arguments, "-q", cwd=tmp_path)
+    written = [
+        path for path in (tmp_path / done.stdout.strip()).iterdir() if path.name != "qwodel.manifest.json"
+    ]
+    assert planned["output_bytes"] == sum(path.stat().st_size for path in written)
+    assert any("model.layers.0.mlp.up_proj.weight" in line for line in planned["table"])
+    refused = qwodel("plan", stories15m, "-b", "gguf", "-f", "Q8_0")
+    assert refused.returncode == 2
+    assert "the gguf backend has no dry run" in refused.stderr
 
 
 def test_completion_knows_backends_and_formats() -> None:
