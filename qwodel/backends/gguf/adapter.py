@@ -31,6 +31,7 @@ from qwodel.source import ModelSource
 __all__ = ["GGUFQuantizer"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_NOISY_DB = 4.0  # below what the one-bit grids give with an importance matrix
 _ENCODING_SUFFIX = re.compile(r"[.-](I?Q\d\w*|T?Q\d\w*|MXFP4\w*|BF16|F16|F32)$", re.IGNORECASE)
 _SPLIT_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -137,6 +138,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
             )
         job.progress.update(1, 2, "decoding sampled rows")
         quality = measure(headers, output)
+        self._warn_of_noise(quality, job.format.name)
         job.report |= {
             "bits_per_weight": round(output.tensor_bytes * 8 / max(output.parameters, 1), 3),
             "tensor_types": dict(Counter(tensor.type for tensor in output.tensors.values())),
@@ -147,6 +149,16 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
             "dropped": dropped,
             "converter": lock()["release"],
         }
+
+    def _warn_of_noise(self, quality: Mapping[str, float], format_name: str) -> None:
+        name, value = min(quality.items(), key=lambda item: item[1], default=("", math.inf))
+        if value < _NOISY_DB:
+            self.log.warning(
+                "%s keeps %.1f dB of %s: expect noise unless the model was trained for such weights",
+                format_name,
+                value,
+                name,
+            )
 
 
 def _model_name(source: ModelSource) -> str:

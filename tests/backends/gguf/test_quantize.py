@@ -344,3 +344,13 @@ def test_progress_rises_with_the_work_to_100_once(stories15m: Path, tmp_path: Pa
     tensors = [message for _, stage, message in seen if stage == "quantize" and "blk." in message]
     assert len(tensors) >= 54
     assert seen[-1] == (100, "complete", str(path))
+
+
+def test_a_format_for_other_models_warns_of_noise(
+    stories_gguf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize(stories_gguf, tmp_path, "gguf", "TQ2_0")
+    assert "expect noise unless the model was trained for such weights" in caplog.text
+    caplog.clear()
+    quantize(stories_gguf, tmp_path, "gguf", "Q2_K")
+    assert "expect noise" not in caplog.text

@@ -87,6 +87,10 @@ def test_a_wrong_tokenizer_is_found(smollm2: Path, smollm2_gguf: Path, tmp_path:
         check_tokenizer(other, header)
     config = other / "tokenizer_config.json"
     config.write_text(config.read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"'))
+    (other / "chat_template.jinja").write_text((smollm2 / "chat_template.jinja").read_text())
+    assert check_tokenizer(other, header)["eos"] == "<|im_end|>"  # config.json names it
+    for name in ("config.json", "generation_config.json"):
+        (other / name).unlink()
     with pytest.raises(IntegrityError, match=r"the eos token is '<\|im_end\|>'"):
         check_tokenizer(other, header)
     tokenizer = other / "tokenizer.json"
