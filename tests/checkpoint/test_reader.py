@@ -120,9 +120,10 @@ from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-before = peak()
 with UnifiedSafetensorsLoader(sys.argv[1], low_memory=True) as loader:
-    for key in loader.keys():
+    for index, key in enumerate(loader.keys()):
+        if index == 4:  # by now torch has made its threads and loaded its code
+            before = peak()
         loader.get_tensor(key).float()
         loader.mark_processed(key)
 print((peak() - before) // 1024)
@@ -141,4 +142,4 @@ def test_low_memory_follows_the_largest_tensor_not_the_file(tmp_path: Path) -> N
         capture_output=True,
         text=True,
     )
-    assert int(done.stdout) < 100  # the file has 320 MB, a tensor 8
+    assert int(done.stdout) < 48  # of the remaining 288 MB; a tensor has 8, and 16 in float32
