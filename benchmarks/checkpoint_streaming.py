@@ -5,11 +5,18 @@ above what imports take. One table at the end::
 
     python benchmarks/checkpoint_streaming.py            # 0.5 and 2 GB
     python benchmarks/checkpoint_streaming.py --sizes 0.5 2 6
+    pip install --target peer convert-to-quant==1.3.4 --no-deps
+    python benchmarks/checkpoint_streaming.py --peer peer
+
+convert-to-quant takes one file, so with ``--peer`` the same weights are also written
+as one, and our run on that file, in the same ComfyUI layout, stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,6 +28,9 @@ from pathlib import Path
 
 HIDDEN, WIDE = 4096, 11008
 SHARD = 1_000_000_000
+ONE_FILE = "one-file.safetensors"
+PEER = "ctq fp8 --simple"
+OURS = "fp8_e4m3 one file"
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
@@ -92,6 +102,59 @@ def stream(source: Path, target: Path, name: str, check: bool, workers: int) -> 
     return base
 
 
+def stream_one_file(source: Path, target: Path, workers: int) -> float:
+    """What :func:`convert_with_peer` does, by us, read back too."""
+    from qwodel.checkpoint.comfyui import ComfyUILayout
+    from qwodel.checkpoint.convert import convert
+    from qwodel.checkpoint.executor import make_executor
+    from qwodel.checkpoint.plan import build_plan
+    from qwodel.checkpoint.recipe import Recipe
+    from qwodel.checkpoint.storage_format import storage_format
+    from qwodel.checkpoint.verify import verify
+
+    base = resident_mb()
+    plan = build_plan(source, Recipe(format=storage_format("fp8_e4m3")), ComfyUILayout())
+    executor = make_executor(workers)
+    verify(convert(plan, target / "out.safetensors", executor=executor), executor=executor)
+    return base
+
+
+def convert_with_peer(source: Path, target: Path, peer: str) -> float:
+    """convert-to-quant's command in this process, quantizing to FP8 by rounding to nearest."""
+    sys.path.insert(0, peer)
+    from convert_to_quant.cli.main import main as peer_main
+
+    base = resident_mb()
+    output = target / "out.safetensors"
+    sys.argv = ["ctq", "-i", str(source), "-o", str(output), "--simple", "--comfy_quant", "--device", "cpu"]
+    with contextlib.redirect_stdout(sys.stderr):
+        peer_main()
+    if not output.is_file():
+        raise RuntimeError("convert-to-quant wrote nothing")
+    return base
+
+
+def peer_is_there(folder: str | None) -> bool:
+    """Whether convert-to-quant can be compared with; says why not."""
+    if folder and importlib.util.find_spec("convert_to_quant") is None:
+        sys.path.insert(0, str(Path(folder).resolve()))
+    if importlib.util.find_spec("convert_to_quant") is not None:
+        return True
+    print("convert-to-quant is not compared: pass --peer DIR with convert-to-quant==1.3.4 in it")
+    return False
+
+
+def make_one_file(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = {
+        name: tensor
+        for shard in sorted(folder.glob("part-*.safetensors"))
+        for name, tensor in load_file(shard).items()
+    }
+    save_file(weights, folder.parent / ONE_FILE, {"format": "pt"})
+
+
 def measure_here(arguments: argparse.Namespace) -> None:
     """One measurement, in this process; prints JSON."""
     import torch  # noqa: F401 - imports are not what is measured
@@ -100,6 +163,10 @@ def measure_here(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     if arguments.measure == "load-and-save":
         base = load_and_save(source, target)
+    elif arguments.measure == OURS:
+        base = stream_one_file(source.parent / ONE_FILE, target, arguments.workers)
+    elif arguments.measure == PEER:
+        base = convert_with_peer(source.parent / ONE_FILE, target, arguments.peer or "")
     else:
         name, _, check = arguments.measure.partition("+")
         base = stream(source, target, name, bool(check), arguments.workers)
@@ -108,12 +175,15 @@ def measure_here(arguments: argparse.Namespace) -> None:
     print(json.dumps({"seconds": seconds, "base": base, "peak": peak}))
 
 
-def measure(what: str, source: Path, scratch: Path, workers: int) -> dict[str, float]:
+def measure(
+    what: str, source: Path, scratch: Path, workers: int, peer: str | None = None
+) -> dict[str, float]:
     target = scratch / "out"
     target.mkdir()
     os.sync()
     command = [sys.executable, __file__, "--measure", what, "--source", str(source), "--target", str(target)]
-    done = subprocess.run([*command, "--workers", str(workers)], check=True, capture_output=True, text=True)
+    command += ["--workers", str(workers), *(["--peer", peer] if peer else [])]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     shutil.rmtree(target)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -127,6 +197,7 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=2, help="runs of each; the fastest counts")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--peer", help="folder that holds convert-to-quant")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
     parser.add_argument("--target", help=argparse.SUPPRESS)
@@ -134,15 +205,23 @@ def main() -> None:
     if arguments.measure:
         measure_here(arguments)
         return
+    names = ["load-and-save", *arguments.formats]
+    if peer_is_there(arguments.peer):
+        names += [OURS, PEER]
     print(f"{'GB':>4}  {'what':<18} {'s':>7} {'ratio':>6} {'MB above import':>16} {'of 300+4×largest':>17}")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
             largest = make_checkpoint(scratch / "model", size) / 2**20
+            if PEER in names:
+                # In a process that ends, so that the runs find as much memory as before.
+                script = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import checkpoint_streaming as b; "
+                script += f"b.make_one_file(b.Path({str(scratch / 'model')!r}))"
+                subprocess.run([sys.executable, "-c", script], check=True)
             plain = 0.0
-            for what in ["load-and-save", *arguments.formats]:
+            for what in names:
                 runs = [
-                    measure(what, scratch / "model", scratch, arguments.workers)
+                    measure(what, scratch / "model", scratch, arguments.workers, arguments.peer)
                     for _ in range(arguments.repeat)
                 ]
                 best = min(runs, key=lambda run: run["seconds"])
