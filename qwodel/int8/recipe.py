@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ from qwodel.exceptions import ConfigurationError, did_you_mean
 
 __all__ = ["Int8Arguments"]
 
-_STREAMING_MODES = ("off", "minimal", "balanced", "aggressive", "auto")
+_STREAMING_MODES = ("off", "balanced", "auto")
+"""Modes that ask for nothing where there is no device to move work from."""
+_NEUTRAL_ENVIRONMENT = {
+    "ENABLE_MIXED_HADAMARD": ("auto", "no method of this release computes a Hadamard transform"),
+    "MIXED_HADAMARD_DTYPE": ("bfloat16", "no method of this release computes a Hadamard transform"),
+    "STREAMING_AGGRESSIVENESS": ("balanced", "everything is computed on the CPU, a few rows at a time"),
+}
 _SCALING_MODES = ("tensor", "row", "block")
 _LEARNING = {"optimizer": "original", "num_iter": 1000, "lr": 0.008, "top_p": 0.2, "min_k": 64, "max_k": 1024}
 _NEEDS_GPTQ = {"gptq_actorder": False, "gptq_fast": True, "gptq_turbo": False}
@@ -83,9 +90,16 @@ class Int8Arguments:
                         raise ConfigurationError(f"{name} has an effect with {' or '.join(owner)} only")
         if self.options["streaming_mode"] not in _STREAMING_MODES:
             raise ConfigurationError(
-                f"there is no streaming mode {self.options['streaming_mode']!r}",
-                hint=f"modes: {', '.join(_STREAMING_MODES)}",
+                f"streaming_mode={self.options['streaming_mode']!r} has nothing to act on: "
+                "everything is computed on the CPU, a few rows at a time",
+                hint=f"modes that can be given: {', '.join(_STREAMING_MODES)}",
             )
+        for name, (default, why) in _NEUTRAL_ENVIRONMENT.items():
+            if os.environ.get(name, default) != default:
+                raise ConfigurationError(
+                    f"the environment sets {name}={os.environ[name]}, which is not supported: {why}",
+                    hint=f"unset {name}",
+                )
         if self.calib_samples < 0:
             raise ConfigurationError(f"calib_samples counts samples, so it is not {self.calib_samples}")
 

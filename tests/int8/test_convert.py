@@ -148,7 +148,7 @@ def test_low_quality_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     "options",
     [
         {"optimizer": "gptq"}, {"optimizer": "quip"}, {"optimizer": "nonsense"}, {"gptq_turbo": True},
-        {"quip_seed": 1}, {"smoothquant": True}, {"calibration_data_path": "x"}, {"streaming_mode": "wild"},
+        {"quip_seed": 1}, {"smoothquant": True}, {"calibration_data_path": "x"}, {"streaming_mode": "wild"}, {"streaming_mode": "aggressive"},
         {"streaming_thresholds": {"ldlq": 1}}, {"no_memory_limits": True}, {"custom_type": "fp16"},
         {"fallback_block_size": 64}, {"no_learned_rounding": True, "num_iter": 3}, {"nonsense": 1},
         {"scaling_mode": "axis"}, {"include_input_scale": True}, {"filter_flags": {"t5": True}},
@@ -191,3 +191,27 @@ def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
     path = str(tmp_path / "in.safetensors")
     with pytest.raises(ValidationError, match="input itself"):
         convert_to_int8(path, path, True, {}, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral", "other"),
+    [
+        ("ENABLE_MIXED_HADAMARD", "auto", "1"),
+        ("MIXED_HADAMARD_DTYPE", "bfloat16", "float16"),
+        ("STREAMING_AGGRESSIVENESS", "balanced", "aggressive"),
+    ],
+)
+def test_environment_variables_without_effect_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, neutral: str, other: str
+) -> None:
+    source = tmp_path / "in.safetensors"
+    save_file({"blocks.0.attn.weight": torch.randn(64, 64)}, source)
+    monkeypatch.setenv(name, other)
+    with pytest.raises(ConfigurationError, match=f"the environment sets {name}={other}"):
+        convert_to_int8(
+            str(source), str(tmp_path / "a.safetensors"), True, {}, 0, 1, no_learned_rounding=True
+        )
+    assert not (tmp_path / "a.safetensors").exists()
+    monkeypatch.setenv(name, neutral)
+    convert_to_int8(str(source), str(tmp_path / "b.safetensors"), True, {}, 0, 1, no_learned_rounding=True)
+    assert (tmp_path / "b.safetensors").exists()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +33,7 @@ from qwodel.source import ModelSource
 __all__ = ["GGUFQuantizer"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_VERIFIERS = ("gguf.quants", "tokenizers", "sentencepiece")
 _NOISY_DB = 4.0  # below what the one-bit grids give with an importance matrix
 _ENCODING_SUFFIX = re.compile(r"[.-](I?Q\d\w*|T?Q\d\w*|MXFP4\w*|BF16|F16|F32)$", re.IGNORECASE)
 _SPLIT_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
@@ -91,6 +94,8 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         source, options = job.source, job.options
         outtype = steps.intermediate_type(source)
         _require_space(job, outtype)
+        # Verification's imports, while this process only waits for the converter.
+        threading.Thread(target=lambda: [import_module(name) for name in _VERIFIERS], daemon=True).start()
         is_gguf = source.input_format == "gguf"
         kept = _kept_intermediate(job, outtype)
         origin = list(source.weight_files) if is_gguf else [steps.convert(job, outtype)]
