@@ -287,14 +287,14 @@ def test_an_existing_intermediate_is_not_replaced(stories15m: Path, tmp_path: Pa
     assert _left_over(tmp_path) == [kept.name]
 
 
-def test_a_killed_run_leaves_nothing_the_next_does_not_clean(stories15m: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def _start(model: Path, out: Path) -> subprocess.Popen[str]:
+    """Start a run that takes some seconds, in a process of its own."""
     command = [
         sys.executable,
         "-m",
         "qwodel",
         "quantize",
-        str(stories15m),
+        str(model),
         "-b",
         "gguf",
         "-f",
@@ -302,7 +302,12 @@ def test_a_killed_run_leaves_nothing_the_next_does_not_clean(stories15m: Path, t
         "-o",
         str(out),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_leaves_nothing_the_next_does_not_clean(stories15m: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = _start(stories15m, out)
     assert process.stderr is not None
     for line in process.stderr:
         if "quantize:" in line and "tensor" in line:
@@ -323,20 +328,7 @@ def test_a_killed_run_leaves_nothing_the_next_does_not_clean(stories15m: Path, t
 
 def test_a_polite_kill_cleans_up_at_once(stories15m: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "qwodel",
-        "quantize",
-        str(stories15m),
-        "-b",
-        "gguf",
-        "-f",
-        "IQ3_M",
-        "-o",
-        str(out),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = _start(stories15m, out)
     assert process.stderr is not None
     while "quantize:" not in process.stderr.readline():
         time.sleep(0.01)
