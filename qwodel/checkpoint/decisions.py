@@ -128,7 +128,7 @@ class Decider:
         if 0 in source.shape:
             return "empty"
         if source.name in self.conv1d:
-            return "stored [in, out] (Conv1D), which no reader of quantized weights expects"
+            return "stored [in, out] (Conv1D); readers of quantized weights take [out, in]"
         return None
 
     def _store(

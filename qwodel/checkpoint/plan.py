@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +154,14 @@ class Plan:
         return {file.name: destination / file.name for file in self.files}
 
 
+def _why_kept(tensors: Iterable[TensorPlan]) -> str:
+    """Return the commonest reasons why matrices stay as they are."""
+    reasons = Counter(each.reason for each in tensors if len(each.source.shape) > 1)
+    return (
+        "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3)) or "it holds no matrices"
+    )
+
+
 def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
     """Decide what happens to every tensor of ``source``.
 
@@ -207,7 +215,7 @@ def _assemble(
     )
     if recipe.format.quantizes and not any(each.action is Action.QUANTIZE for each in tensors):
         raise ValidationError(
-            f"nothing in {source} would be quantized",
+            f"nothing in {source} would be quantized: {_why_kept(tensors)}",
             hint="it may hold no linear layers, or the filters and patterns keep them all",
         )
     constants = layout.extra_tensors(tensors)

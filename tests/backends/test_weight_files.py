@@ -138,3 +138,12 @@ def test_a_failure_publishes_nothing(single: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     path = Quantizer("int8", single, tmp_path / "out", nonfinite="keep").quantize("int8_row")
     assert load_file(path)[f"{LAYER}.weight"].dtype == torch.bfloat16
+
+
+def test_a_model_of_conv1d_layers_says_why_nothing_is_quantized(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=100, n_embd=64, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValidationError, match=r"4 × stored \[in, out\] \(Conv1D\)"):
+        Quantizer("int8", tmp_path / "gpt2", tmp_path / "out").quantize("int8_row")
+    assert not (tmp_path / "out").exists()
