@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
+from urllib.parse import parse_qs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -56,11 +57,28 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        """Answer ``paths-info``: which of the asked paths are files."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.split("?")[0]
+        self.hub.requests.append((self.command, path, ""))
+        match = re.fullmatch(r"/api/datasets/(.+?)/paths-info/[^/]+", path)
+        files = self.hub.repos.get(f"datasets/{match[1]}") if match else None
+        if files is None:
+            self._error(404, "EntryNotFound")
+            return
+        asked = (
+            json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+        )
+        found = [name for name in asked if name in files]
+        self._json([{"type": "file", "path": n, "size": len(files[n]), "oid": _oid(files[n])} for n in found])
+
     def _answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
-        if match := re.fullmatch(r"/api/models/(.+?)(?:/revision/([^/]+))?", path):
-            self._api(match[1], match[2])
+        if match := re.fullmatch(r"/api/(models|datasets)/(.+?)(?:/revision/([^/]+))?", path):
+            # A data set's files are kept under "datasets/owner/name", as its URLs have it.
+            self._api(match[2] if match[1] == "models" else f"datasets/{match[2]}", match[3])
         elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             self._file(match[1], match[2], match[3], body=body)
         else:
@@ -77,13 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _api(self, repo: str, revision: str | None) -> None:
-        if repo.endswith("/tree/main") or "/tree/" in repo:
-            repo, _, revision = repo.partition("/tree/")
-            if not self._refused(repo, revision):
-                files = self.hub.repos[repo]
-                self._json(
-                    [{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files.items()]
-                )
+        if "/tree/" in repo:
+            self._tree(*repo.split("/tree/", 1))
             return
         if self._refused(repo, revision):
             return
@@ -93,6 +106,16 @@ class _Handler(BaseHTTPRequestHandler):
         gated = "auto" if repo in self.hub.gated else False
         self._json({"_id": "1", "id": repo, "modelId": repo, "sha": COMMIT, "gated": gated, "private": False,
                     "tags": [], "siblings": siblings, "downloads": 0, "likes": 0})  # fmt: skip
+
+    def _tree(self, repo: str, place: str) -> None:
+        revision, _, folder = place.partition("/")
+        if self._refused(repo, revision):
+            return
+        files = {n: d for n, d in self.hub.repos[repo].items() if not folder or n.startswith(f"{folder}/")}
+        if not files:
+            self._error(404, "EntryNotFound")
+            return
+        self._json([{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files.items()])
 
     def _file(self, repo: str, revision: str, name: str, *, body: bool) -> None:
         if self._refused(repo, revision):

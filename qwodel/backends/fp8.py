@@ -35,7 +35,7 @@ _FORMATS = (
     ),
     FormatSpec(
         "fp8_e5m2",
-        "FP8 E5M2, one scale a tensor: about 6 dB less accurate than E4M3; single file only",
+        "FP8 E5M2, one scale a tensor: one bit of mantissa less than E4M3, more range; single file only",
         8.0,
         "ComfyUI",
     ),

@@ -21,7 +21,7 @@ _FORMATS = (
     ),
     FormatSpec(
         "int8_tensor",
-        "INT8, one scale a tensor: about 10 dB less accurate than row scales",
+        "INT8, one scale a tensor: less accurate than row scales",
         8.0,
         "ComfyUI, vLLM, transformers",
     ),

@@ -68,3 +68,17 @@ def test_an_unsupported_model_is_refused_before_its_weights_travel(
         assert done.returncode == 2
         assert "does not support the architecture UnheardOfForCausalLM" in done.stderr
         assert not any(path.endswith(".safetensors") for _, path, _ in hub.requests)
+
+
+def test_an_importance_matrix_from_a_hub_dataset(stories15m: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"Story {n}. A small cat sat on a mat and saw a bird."}) for n in range(30)]
+    with serve() as hub:
+        hub.repos["datasets/owner/texts"] = {"README.md": b"", "train.jsonl": "\n".join(lines).encode()}
+        options = ("-O", "calibration_dataset=owner/texts", "-O", "seq_length=32", "-O", "num_samples=2")
+        done = _run(
+            hub, tmp_path, "quantize", str(stories15m), "-b", "gguf", "-f", "IQ2_S", "--json", *options
+        )
+    assert done.returncode == 0, done.stderr
+    matrix = json.loads(done.stdout)["importance_matrix"]
+    assert matrix["datasets"] == ["owner/texts"]
+    assert (matrix["chunks"], matrix["chunk_size"], matrix["entries"]) == (2, 32, 42)
