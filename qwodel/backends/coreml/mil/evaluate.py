@@ -17,7 +17,7 @@ from qwodel.backends.coreml.mil.program import Operation, Program, TensorType
 from qwodel.backends.coreml.mil.registry import OPERATIONS
 from qwodel.exceptions import ConversionError, IntegrityError
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "known_operations"]
 
 for _family in ("elementwise", "shapes", "networks", "compression"):
     import_module(f"qwodel.backends.coreml.mil.{_family}")
@@ -169,3 +169,8 @@ def _check_shape(operation: Operation, kind: TensorType, value: torch.Tensor) ->
         raise IntegrityError(
             f"{operation.type} ({operation.name}) gives shape {list(value.shape)}, and the program declares {list(declared)}"
         )
+
+
+def known_operations() -> frozenset[str]:
+    """Return the MIL operations that can be evaluated."""
+    return frozenset(OPERATIONS)
