@@ -47,12 +47,15 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         from qwodel.backends.coreml.dimensions import check_options, text_dimensions
         from qwodel.backends.coreml.mil.evaluate import known_operations
         from qwodel.backends.coreml.models import Kind
+        from qwodel.backends.coreml.programs import check_examples
 
         resolve(spec.name, options)
         kind = _kind(source)
         check_options(kind, options)
         if kind in (Kind.DECODER, Kind.ENCODER):
             text_dimensions(source.config, options)
+        if source.input_format == "torchscript":
+            check_examples(options)
         for operation in (*options.float32_ops, *options.exclude_ops):
             if operation not in known_operations():
                 raise ConfigurationError(

@@ -138,10 +138,10 @@ def compress(package: Path, weights: Sequence[Weight], recipe: Recipe, workers: 
 
     with record_log() as log, report_bars(on_progress), ThreadPoolExecutor(workers) as pool:
         model = ct.models.MLModel(str(package), skip_model_load=True)
-        config = OptimizationConfig()
+        config, program = OptimizationConfig(), Program(package)
         for weight in weights:
             if weight.kept is None:
-                config.set_op_name(weight.name, _op_config(recipe))
+                config.set_op_name(program.operation_name(weight.name), _op_config(recipe))
         try:
             return _apply_graph_pass(model, _graph_pass(config, recipe, pool))
         except MemoryError as error:

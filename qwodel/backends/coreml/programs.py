@@ -14,7 +14,18 @@ from qwodel.backends.coreml.wrappers import Input
 from qwodel.exceptions import ConfigurationError, ConversionError
 from qwodel.source import ModelSource
 
-__all__ = ["LoadedProgram", "load_program"]
+__all__ = ["LoadedProgram", "check_examples", "load_program"]
+
+
+_EXAMPLES = "pass tensors, or a .pt, .safetensors or .npz file of them; for one float input input_shape is enough"
+
+
+def check_examples(options: CoreMLOptions) -> None:
+    """Raise ConfigurationError where nothing says what a TorchScript file takes, and read what does."""
+    if options.example_inputs is None and "input_shape" not in options.model_fields_set:
+        raise ConfigurationError("a TorchScript file needs example_inputs", hint=_EXAMPLES)
+    if isinstance(options.example_inputs, str):
+        _read(Path(options.example_inputs).expanduser())
 
 
 class LoadedProgram:
@@ -73,10 +84,7 @@ def _examples(names: list[str], stored: tuple[Any, ...], options: CoreMLOptions)
     if given is None and len(clean) == 1 and "input_shape" in options.model_fields_set:
         given = torch.rand(options.input_shape, generator=torch.Generator().manual_seed(0))
     if given is None:
-        raise ConfigurationError(
-            f"a traced program needs example_inputs for {', '.join(clean)}",
-            hint="pass tensors, or a .pt, .safetensors or .npz file of them; for one float input input_shape is enough",
-        )
+        raise ConfigurationError(f"the program needs example_inputs for {', '.join(clean)}", hint=_EXAMPLES)
     if isinstance(given, Mapping):
         if set(given) != set(clean):
             raise ConfigurationError(f"example_inputs has {', '.join(given)}, and the program takes {', '.join(clean)}")

@@ -25,6 +25,7 @@ _KINDS = {
     "linear": ("constexpr_blockwise_shift_scale", "constexpr_affine_dequantize"),
     "palette": ("constexpr_lut_to_dense",),
 }
+_SUFFIXES = ("_palettized", "_quantized")
 _SIZE_TOLERANCE = 1.02
 _SIZE_SLACK = 1 << 17  # small constants and 64-byte records
 
@@ -83,7 +84,7 @@ def check_weights(original: Program, written: Program, weights: list[Weight], re
     Raises:
         IntegrityError: one is not.
     """
-    producers = {op.output: op for op in written.operations if op.type.startswith("constexpr_")}
+    producers = {op.name: op for op in written.operations if op.type.startswith("constexpr_")}
     checks = []
     expected = {weight.name: weight for weight in weights}
     for weight in weights:
@@ -92,7 +93,7 @@ def check_weights(original: Program, written: Program, weights: list[Weight], re
             if weight.name not in written.constants or not np.array_equal(written.constant(weight.name), values):
                 raise IntegrityError(f"{weight.label} should have been left as it is ({weight.kept}), and differs")
             continue
-        operation = producers.get(_compressed_name(weight.name, producers))
+        operation = _compressed(original.operation_name(weight.name), producers)
         if operation is None or operation.type not in _KINDS[recipe.kind]:
             raise IntegrityError(f"{weight.label} should have been compressed to {recipe.describe()}, and is not")
         checks.append(_check_weight(written, operation, weight, values, recipe))
@@ -103,11 +104,9 @@ def check_weights(original: Program, written: Program, weights: list[Weight], re
     return checks
 
 
-def _compressed_name(name: str, producers: Mapping[str, Operation]) -> str:
-    for suffix in ("_palettized", "_quantized"):
-        if name + suffix in producers:
-            return name + suffix
-    return name
+def _compressed(name: str, producers: Mapping[str, Operation]) -> Operation | None:
+    """Find the operation that coremltools' passes put in place of a constant."""
+    return next((producers[name + suffix] for suffix in _SUFFIXES if name + suffix in producers), None)
 
 
 def _feeds_constexpr(name: str, producers: Mapping[str, Operation]) -> bool:

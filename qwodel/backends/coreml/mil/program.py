@@ -108,6 +108,10 @@ class Program:
         """Types of the constants, by output name."""
         return {name: _type(proto.type) for name, proto in self._constants.items()}
 
+    def operation_name(self, constant: str) -> str:
+        """Return the name of the operation that gives a constant; its output may be named differently."""
+        return self._constant_operations[constant]
+
     def counts(self) -> dict[str, int]:
         """Number of operations of each type, most frequent first."""
         return dict(Counter(each.type for each in self._block.operations).most_common())
@@ -145,14 +149,17 @@ class Program:
             if each.type == "const"
         }
 
+    @cached_property
+    def _constant_operations(self) -> dict[str, str]:
+        return {each.outputs[0].name: _name(each) for each in self._block.operations if each.type == "const"}
+
     def _operation(self, proto: Any) -> Operation:
         inputs = {key: self._bindings(key, value.arguments) for key, value in proto.inputs.items()}
         for key, value in proto.attributes.items():
             if key != "name":  # constexpr operations up to iOS 17 have parameters as attributes
                 inputs[key] = _InPlace(self._value(value))
         outputs = {each.name: _type(each.type) for each in proto.outputs}
-        name = "".join(proto.attributes["name"].immediateValue.tensor.strings.values)
-        return Operation(proto.type, name, inputs, outputs)
+        return Operation(proto.type, _name(proto), inputs, outputs)
 
     def _bindings(self, key: str, arguments: Any) -> Any:
         bound = [each.name or _InPlace(self._value(each.value)) for each in arguments]
@@ -195,6 +202,10 @@ def _model_file(package: Path) -> Path:
     if not model.is_file():
         raise IntegrityError(f"{package} has no model file {item['path']}")
     return model
+
+
+def _name(operation: Any) -> str:
+    return "".join(operation.attributes["name"].immediateValue.tensor.strings.values)
 
 
 def _type(proto: Any) -> TensorType:
