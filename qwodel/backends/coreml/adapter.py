@@ -59,7 +59,8 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         for operation in (*options.float32_ops, *options.exclude_ops):
             if operation not in known_operations():
                 raise ConfigurationError(
-                    f"there is no MIL operation {operation!r}", hint=did_you_mean(operation, known_operations())
+                    f"there is no MIL operation {operation!r}",
+                    hint=did_you_mean(operation, known_operations()),
                 )
 
     def stage_weights(
@@ -74,7 +75,9 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
 
         recipe = resolve(job.format.name, job.options)
         # At its largest: the float16 program twice, once of it coremltools' own copy, and the result.
-        require_space(job.output.scratch, int(job.source.weight_bytes * 2.5), f"making {job.output.final.name}")
+        require_space(
+            job.output.scratch, int(job.source.weight_bytes * 2.5), f"making {job.output.final.name}"
+        )
         built = build(job, _kind(job.source), recipe)
         job.output.path.mkdir()
         self._compress(job, recipe, built)
@@ -94,7 +97,7 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         from qwodel.backends.coreml.mil.program import Program
         from qwodel.backends.coreml.package import describe, port_descriptions
         from qwodel.backends.coreml.toolchain import quiet_coremltools, record_log
-        from qwodel.backends.coreml.verification import verify
+        from qwodel.backends.coreml.verify import verify
         from qwodel.backends.coreml.weights import unplaced, weights_of
 
         job.progress.stage("quantize", "looking at the weights")
@@ -123,7 +126,9 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
             def on_bar(what: str, done: int, total: int) -> None:
                 start, end = (0.02, 0.85) if "compression" in what else (0.85, 0.97)
                 message = what.removeprefix("Running ").removeprefix("MIL ").strip()
-                job.progress.update(start + (end - start) * done / max(total, 1), 1, f"{message} ({done}/{total})")
+                job.progress.update(
+                    start + (end - start) * done / max(total, 1), 1, f"{message} ({done}/{total})"
+                )
 
             model = compress(built.package, weights, recipe, workers, on_bar)
         ports = port_descriptions(built.inputs, built.outputs)
@@ -141,7 +146,9 @@ def _kind(source: ModelSource) -> Kind:
     if source.input_format in _PROGRAMS:
         return Kind.PROGRAM
     if source.path.is_file():
-        raise ValidationError(f"{source.given} is a single file", hint="give the model directory that holds it")
+        raise ValidationError(
+            f"{source.given} is a single file", hint="give the model directory that holds it"
+        )
     if not source.config:
         raise ValidationError(
             f"{source.path} has no config.json",

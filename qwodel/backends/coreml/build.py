@@ -189,7 +189,9 @@ def _bars(progress: Progress) -> BarCallback:
     def report(what: str, done: int, total: int) -> None:
         start, end = next(((a, b) for key, a, b in _BARS if key in what), (0.25, 0.25))
         message = what.removeprefix("Running MIL ").replace("==>", "→")
-        progress.update(start + (end - start) * done / max(total, 1), 1, f"{message.strip()} ({done}/{total})")
+        progress.update(
+            start + (end - start) * done / max(total, 1), 1, f"{message.strip()} ({done}/{total})"
+        )
 
     return report
 

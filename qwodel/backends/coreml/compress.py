@@ -95,7 +95,9 @@ def _cells(distinct: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
     mass = np.cumsum(weights)
     widths = np.linspace(distinct[0], distinct[-1], count // 2 + 1)[1:-1]
     shares = np.linspace(0, mass[-1], count // 2 + 1)[1:-1]
-    starts = np.unique(np.concatenate([[0], np.searchsorted(distinct, widths), np.searchsorted(mass, shares)]))
+    starts = np.unique(
+        np.concatenate([[0], np.searchsorted(distinct, widths), np.searchsorted(mass, shares)])
+    )
     return starts[starts < len(distinct)]
 
 
@@ -125,7 +127,9 @@ def expected_seconds(program: Program, weights: Sequence[Weight], recipe: Recipe
     return total
 
 
-def compress(package: Path, weights: Sequence[Weight], recipe: Recipe, workers: int, on_progress: BarCallback) -> Any:
+def compress(
+    package: Path, weights: Sequence[Weight], recipe: Recipe, workers: int, on_progress: BarCallback
+) -> Any:
     """Return coremltools' model with the weights that are not kept compressed.
 
     Raises:
@@ -145,7 +149,9 @@ def compress(package: Path, weights: Sequence[Weight], recipe: Recipe, workers: 
         try:
             return _apply_graph_pass(model, _graph_pass(config, recipe, pool))
         except MemoryError as error:
-            raise ResourceError("memory ran out while weights were compressed", hint="use a machine with more memory") from error
+            raise ResourceError(
+                "memory ran out while weights were compressed", hint="use a machine with more memory"
+            ) from error
         except QuantizationError:
             raise
         except Exception as error:
@@ -168,20 +174,23 @@ def _graph_pass(config: Any, recipe: Recipe, pool: ThreadPoolExecutor) -> Any:
     """coremltools' compression pass, with groups that always divide and k-means in threads."""
     from coremltools.optimize.coreml import _quantization_passes as passes
 
-    class LinearQuantizer(passes.linear_quantize_weights):  # type: ignore[misc, name-defined]
+    class LinearQuantizer(passes.linear_quantize_weights):  # type: ignore[misc]
         @classmethod
-        def blockwise_compress_by_dtype(cls, original_data: np.ndarray, dtype: Any, mode: str, block_sizes: list[int]) -> Any:
+        def blockwise_compress_by_dtype(
+            cls, original_data: np.ndarray, dtype: Any, mode: str, block_sizes: list[int]
+        ) -> Any:
             fitting = [
                 divisor(size, block, _SMALLEST_BLOCK) if block > 1 else block
                 for size, block in zip(original_data.shape, block_sizes, strict=True)
             ]
             return super().blockwise_compress_by_dtype(original_data, dtype, mode, fitting)
 
-    class Palettizer(passes.palettize_weights):  # type: ignore[misc, name-defined]
+    class Palettizer(passes.palettize_weights):  # type: ignore[misc]
         @staticmethod
-        def blockwise_compress(original_data: np.ndarray, mode: str, nbits: int, block_sizes: list[int], *_: Any, **__: Any) -> Any:
+        def blockwise_compress(data: np.ndarray, *given: Any, **_: Any) -> Any:
+            block_sizes = given[2]  # after mode and bits, which the recipe has
             axis = next((axis for axis, block in enumerate(block_sizes) if block), 0)
-            return _palettes(original_data, recipe, axis, block_sizes[axis], pool)
+            return _palettes(data, recipe, axis, block_sizes[axis], pool)
 
     return (LinearQuantizer if recipe.kind == "linear" else Palettizer)(config)
 

@@ -46,9 +46,11 @@ def trace(traceable: Traceable, dimensions: Dimensions) -> torch.jit.ScriptModul
     module = traceable.module
     try:
         with record_log():
-            traced = torch.jit.trace(module, examples(traceable, dimensions), check_trace=False)
+            traced = torch.jit.trace(module, examples(traceable, dimensions), check_trace=False)  # type: ignore[no-untyped-call]
     except MemoryError as error:
-        raise ResourceError("memory ran out while the model was traced", hint="use a shorter input_shape") from error
+        raise ResourceError(
+            "memory ran out while the model was traced", hint="use a shorter input_shape"
+        ) from error
     except QuantizationError:
         raise
     except Exception as error:
@@ -106,11 +108,18 @@ def convert_traced(
 
 
 def _default(kind: str, dimensions: Dimensions, traceable: Traceable) -> int:
-    return max(1, dimensions.traced // 2) if kind == TOKENS and traceable.states else max(dimensions.traced, 1)
+    return (
+        max(1, dimensions.traced // 2) if kind == TOKENS and traceable.states else max(dimensions.traced, 1)
+    )
 
 
 def convert_program(
-    program: Any, names: list[str], target: str, options: CoreMLOptions, on_progress: BarCallback, examples: tuple[torch.Tensor, ...]
+    program: Any,
+    names: list[str],
+    target: str,
+    options: CoreMLOptions,
+    on_progress: BarCallback,
+    examples: tuple[torch.Tensor, ...],
 ) -> Any:
     """Convert a TorchScript module or an exported program. Errors as for :func:`convert_traced`."""
     ct = quiet_coremltools()
@@ -175,7 +184,9 @@ def _convert(
                 **arguments,
             )
         except MemoryError as error:
-            raise ResourceError("memory ran out during conversion", hint="use a machine with more memory") from error
+            raise ResourceError(
+                "memory ran out during conversion", hint="use a machine with more memory"
+            ) from error
         except QuantizationError:
             raise
         except Exception as error:

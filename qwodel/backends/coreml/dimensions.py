@@ -128,5 +128,6 @@ def check_options(kind: Kind, options: CoreMLOptions) -> None:
         )
     if options.stateful and options.shapes != "range":
         raise ConfigurationError(
-            "a stateful model takes any number of tokens, and shapes asks for some", hint="pass shapes='range'"
+            "a stateful model takes any number of tokens, and shapes asks for some",
+            hint="pass shapes='range'",
         )

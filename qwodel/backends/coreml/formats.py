@@ -97,7 +97,9 @@ def resolve(name: str, options: CoreMLOptions) -> Recipe:
     granularity = _granularity(name, options)
     grouped = granularity in ("per_block", "per_grouped_channel")
     if options.group_size is not None and not grouped:
-        raise ConfigurationError(f"group_size belongs to groups, and {name} was asked for {granularity or 'none'}")
+        raise ConfigurationError(
+            f"group_size belongs to groups, and {name} was asked for {granularity or 'none'}"
+        )
     return Recipe(
         format=name,
         kind=kind.kind,
@@ -134,7 +136,9 @@ def _mode(name: str, options: CoreMLOptions) -> str | None:
     if options.mode is not None and options.mode not in allowed:
         raise ConfigurationError(
             f"{name} has no mode {options.mode!r}",
-            hint=f"it takes {', '.join(allowed)}" if allowed else f"{name} quantizes nothing: leave the option out",
+            hint=f"it takes {', '.join(allowed)}"
+            if allowed
+            else f"{name} quantizes nothing: leave the option out",
         )
     return options.mode or kind.mode
 

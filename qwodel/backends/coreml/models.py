@@ -41,7 +41,9 @@ _COUNTS_PADDING = frozenset(
     ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
 )
 # Causal by construction, whatever head they wear.
-_CAUSAL = re.compile(r"^(Llama|Qwen|Mistral|Mixtral|Gemma|Phi|GPT|Gpt|Olmo|SmolLM|Falcon|Bloom|OPT|StableLm|Granite|Cohere)")
+_CAUSAL = re.compile(
+    r"^(Llama|Qwen|Mistral|Mixtral|Gemma|Phi|GPT|Gpt|Olmo|SmolLM|Falcon|Bloom|OPT|StableLm|Granite|Cohere)"
+)
 _DATA_DEPENDENT = {
     "num_local_experts": "routes tokens to experts",
     "num_experts": "routes tokens to experts",
@@ -106,7 +108,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def load_model(source: ModelSource, options: CoreMLOptions) -> torch.nn.Module:
+def load_model(source: ModelSource, options: CoreMLOptions) -> Any:
     """Load a Hugging Face directory in float32 on the CPU, in evaluation mode.
 
     Raises:
@@ -117,10 +119,7 @@ def load_model(source: ModelSource, options: CoreMLOptions) -> torch.nn.Module:
 
     architecture = source.config["architectures"][0]
     remote = architecture in str(source.config.get("auto_map", "")) or not hasattr(transformers, architecture)
-    if remote:
-        loader = _remote_class(source, architecture, options)
-    else:
-        loader = getattr(transformers, architecture)
+    loader = _remote_class(source, architecture, options) if remote else getattr(transformers, architecture)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -149,8 +148,7 @@ def load_model(source: ModelSource, options: CoreMLOptions) -> torch.nn.Module:
             f"{source.name} lacks {len(missing)} weights of {architecture}, such as {missing[0]}",
             hint='correct "architectures" in config.json, or give the checkpoint with the trained head',
         )
-    loaded: torch.nn.Module = model.eval().requires_grad_(False)
-    return loaded
+    return model.eval().requires_grad_(False)
 
 
 def _remote_class(source: ModelSource, architecture: str, options: CoreMLOptions) -> Any:

@@ -35,9 +35,7 @@ class CoreMLOptions(BackendOptions):
     lengths: tuple[int, ...] | None = Field(
         None, description="Token counts for shapes=enumerated; unset takes powers of two up to seq_length."
     )
-    stateful: bool = Field(
-        False, description="Decoders: keep keys and values in Core ML states (iOS 18)."
-    )
+    stateful: bool = Field(False, description="Decoders: keep keys and values in Core ML states (iOS 18).")
     token_type_ids: bool = Field(False, description="Encoders: a third input with segment ids.")
     deployment_target: Target | None = Field(
         None, description="Oldest system, such as iOS17; unset takes the oldest the format runs on."
@@ -60,7 +58,8 @@ class CoreMLOptions(BackendOptions):
         (), description="Weights to leave in float16: parameter or layer names, or re: and an expression."
     )
     exclude_ops: tuple[str, ...] = Field(
-        (), description="Leave the weights of these MIL operations in float16: gather (embeddings), linear, conv …"
+        (),
+        description="Leave the weights of these MIL operations in float16: gather (embeddings), linear, conv …",
     )
     float32_ops: tuple[str, ...] = Field(
         (), description="MIL operations to compute in float32, such as reduce_mean where norms overflow."
@@ -76,7 +75,8 @@ class CoreMLOptions(BackendOptions):
         description="Inputs of a TorchScript file: tensors, or a file of them (.pt, .safetensors, .npz).",
     )
     trust_remote_code: bool = Field(
-        False, description="Run the Python code that comes with a model whose class transformers does not have."
+        False,
+        description="Run the Python code that comes with a model whose class transformers does not have.",
     )
 
     @field_validator("compute_units", mode="before")

@@ -38,7 +38,9 @@ def describe(
         ports: descriptions of inputs and of outputs, by name.
     """
     inputs, outputs = ports
-    model.short_description = f"{source.name} ({source.architecture or 'traced program'}), {recipe.describe()}"
+    model.short_description = (
+        f"{source.name} ({source.architecture or 'traced program'}), {recipe.describe()}"
+    )
     licence = licence_of(source.path)
     if licence:
         model.license = licence
@@ -82,7 +84,9 @@ def licence_of(path: Path) -> str | None:
         if stated:
             return stated[1].strip("'\"")
     for file in sorted(path.glob("LICEN[SC]E*")):
-        lines = [line.strip() for line in file.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in file.read_text("utf-8", errors="replace").splitlines() if line.strip()
+        ]
         if lines:
             return " ".join(lines[:2]) if lines[0].lower().startswith("apache") else lines[0]
     return None

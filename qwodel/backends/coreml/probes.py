@@ -37,7 +37,13 @@ Runner = Callable[[Probe], list[Tensor]]
 
 
 def text_probes(
-    lengths: Iterable[int], *, batch: int, vocabulary: int, pad: int | None, segments: bool, padded: bool = True
+    lengths: Iterable[int],
+    *,
+    batch: int,
+    vocabulary: int,
+    pad: int | None,
+    segments: bool,
+    padded: bool = True,
 ) -> list[Probe]:
     """Random tokens of several lengths, each whole and, where ``padded``, with padding on the right."""
     generator = torch.Generator().manual_seed(_SEED)
@@ -97,7 +103,9 @@ def steps(tokens: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def prove(what: str, run: Runner, probes: list[Probe], expected: list[list[Tensor]], outputs: tuple[Output, ...]) -> float:
+def prove(
+    what: str, run: Runner, probes: list[Probe], expected: list[list[Tensor]], outputs: tuple[Output, ...]
+) -> float:
     """Return the largest error relative to the largest output, over all probes.
 
     Raises:

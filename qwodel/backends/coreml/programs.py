@@ -17,7 +17,9 @@ from qwodel.source import ModelSource
 __all__ = ["LoadedProgram", "check_examples", "load_program"]
 
 
-_EXAMPLES = "pass tensors, or a .pt, .safetensors or .npz file of them; for one float input input_shape is enough"
+_EXAMPLES = (
+    "pass tensors, or a .pt, .safetensors or .npz file of them; for one float input input_shape is enough"
+)
 
 
 def check_examples(options: CoreMLOptions) -> None:
@@ -56,7 +58,7 @@ def load_program(source: ModelSource, options: CoreMLOptions) -> LoadedProgram:
     file = source.weight_files[0]
     try:
         if source.input_format == "torchscript":
-            module = torch.jit.load(str(file), map_location="cpu").eval()
+            module = torch.jit.load(str(file), map_location="cpu").eval()  # type: ignore[no-untyped-call]
             program = module
             names = [each.debugName() for each in list(module.graph.inputs())[1:]]
             stored: tuple[Any, ...] = ()
@@ -87,7 +89,9 @@ def _examples(names: list[str], stored: tuple[Any, ...], options: CoreMLOptions)
         raise ConfigurationError(f"the program needs example_inputs for {', '.join(clean)}", hint=_EXAMPLES)
     if isinstance(given, Mapping):
         if set(given) != set(clean):
-            raise ConfigurationError(f"example_inputs has {', '.join(given)}, and the program takes {', '.join(clean)}")
+            raise ConfigurationError(
+                f"example_inputs has {', '.join(given)}, and the program takes {', '.join(clean)}"
+            )
         values = [given[name] for name in clean]
     else:
         values = list(given) if isinstance(given, (list, tuple)) else [given]

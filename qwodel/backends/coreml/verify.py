@@ -1,202 +1,159 @@
-"""The written package against what was asked for and against its source."""
+"""The last step of a run: the written package is read back, held against its source, and evaluated."""
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from qwodel.backends.base import Job
+from qwodel.backends.coreml.build import Built
+from qwodel.backends.coreml.checks import WeightCheck, check_interface, check_size, check_weights
 from qwodel.backends.coreml.formats import Recipe
-from qwodel.backends.coreml.mil import compression  # noqa: F401 - registers the decoders
-from qwodel.backends.coreml.mil.program import Operation, Program
-from qwodel.backends.coreml.mil.registry import OPERATIONS
+from qwodel.backends.coreml.mil.evaluate import Evaluator
+from qwodel.backends.coreml.mil.program import Program
+from qwodel.backends.coreml.options import CoreMLOptions
+from qwodel.backends.coreml.probes import Agreement, Probe, Runner, agreement, steps
 from qwodel.backends.coreml.weights import Weight
-from qwodel.evaluation.quality import sqnr
-from qwodel.exceptions import IntegrityError
+from qwodel.exceptions import ConversionError, IntegrityError
 
-__all__ = ["WeightCheck", "check_interface", "check_size", "check_weights", "decode"]
+__all__ = ["run_written", "verify"]
 
-_KINDS = {
-    "linear": ("constexpr_blockwise_shift_scale", "constexpr_affine_dequantize"),
-    "palette": ("constexpr_lut_to_dense",),
-}
-_SUFFIXES = ("_palettized", "_quantized")
-_SIZE_TOLERANCE = 1.02
-_SIZE_SLACK = 1 << 17  # small constants and 64-byte records
+_EVALUATED_PARAMETERS = 300_000_000
+_FLOAT16_ERROR = 1e-2
+_FLOAT32_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class WeightCheck:
-    """A compressed weight as read back: its operation, groups that share a scale or palette, SQNR in dB."""
-
-    label: str
-    operation: str
-    groups: int
-    sqnr_db: float
-
-
-def check_interface(program: Program, inputs: Mapping[str, str], outputs: list[str], states: int) -> None:
-    """Compare names and types of inputs (``{name: int32, float32 or image}``), outputs and number of states.
+def verify(
+    job: Job[CoreMLOptions],
+    recipe: Recipe,
+    built: Built,
+    original: Program,
+    weights: list[Weight],
+    package: Path,
+    log: logging.Logger,
+) -> None:
+    """Check everything that can be checked without Apple's runtime, and fill the report.
 
     Raises:
-        IntegrityError: they differ.
+        IntegrityError: the package is not what was asked for.
     """
-    description = program.spec.description
-    found = {each.name: _feature(each.type) for each in description.input}
-    if found != dict(inputs):
-        raise IntegrityError(f"the package has the inputs {found}, and {dict(inputs)} were asked for")
-    if [each.name for each in description.output] != outputs or list(program.outputs) != outputs:
-        raise IntegrityError(f"the package has the outputs {list(program.outputs)}, and {outputs} were asked for")
-    if len(description.state) != states:
-        raise IntegrityError(f"the package has {len(description.state)} states, and {states} were asked for")
-
-
-def _feature(kind: Any) -> str:
-    if kind.WhichOneof("Type") == "imageType":
-        return "image"
-    array = kind.multiArrayType
-    name: str = array.ArrayDataType.Name(array.dataType)
-    return name.lower()
-
-
-def decode(program: Program, operation: Operation) -> torch.Tensor:
-    """Return the dense weight of a ``constexpr`` operation, in float32."""
-    arguments = {key: program.argument(operation, key) for key in operation.inputs}
-    tensors = {
-        key: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-        for key, value in arguments.items()
+    job.progress.stage("verify", "reading the package back")
+    written, threshold = Program(package), job.options.weight_threshold
+    kinds = {each.name: "image" if each.dtype.startswith("image") else each.dtype for each in built.inputs}
+    check_interface(written, kinds, [each.name for each in built.outputs], len(built.states))
+    checks = check_weights(original, written, weights, recipe, threshold)
+    sizes = check_size(written, weights, checks, recipe, threshold)
+    stored = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
+    job.report |= {
+        "bits_per_weight": round(sizes["weight_bytes"] * 8 / max(built.parameters, 1), 3),
+        "compression_ratio": round(built.parameters * _FLOAT32_BYTES / stored, 3),
+        "operations": written.counts(),
+        "compressed": dict(Counter(check.operation for check in checks)),
+        "kept": {weight.label: weight.kept for weight in weights if weight.kept and recipe.kind != "float"},
+        "groups": {check.label: check.groups for check in checks},
+        "sqnr_db": {
+            check.label: round(check.sqnr_db, 2) if math.isfinite(check.sqnr_db) else None for check in checks
+        },
+        "trace_error": built.proof,
     }
-    dense: torch.Tensor = OPERATIONS[operation.type](**tensors)
-    return dense.float()
+    _warn_of_noise(checks, recipe, log)
+    job.report["evaluated"] = _evaluate(job, recipe, built, written, log)
+    if sys.platform == "darwin":
+        job.report["runtime"] = _compare_runtime(job, built, package)
 
 
-def check_weights(original: Program, written: Program, weights: list[Weight], recipe: Recipe) -> list[WeightCheck]:
-    """Decode every compressed weight and hold it against its float16 source.
-
-    Each code must be the one nearest to its weight, every large weight that is not listed as kept must be
-    compressed in the asked manner, and every kept one must be the same values.
-
-    Raises:
-        IntegrityError: one is not.
-    """
-    producers = {op.name: op for op in written.operations if op.type.startswith("constexpr_")}
-    checks = []
-    expected = {weight.name: weight for weight in weights}
-    for weight in weights:
-        values = original.constant(weight.name)
-        if weight.kept is not None:
-            if weight.name not in written.constants or not np.array_equal(written.constant(weight.name), values):
-                raise IntegrityError(f"{weight.label} should have been left as it is ({weight.kept}), and differs")
-            continue
-        operation = _compressed(original.operation_name(weight.name), producers)
-        if operation is None or operation.type not in _KINDS[recipe.kind]:
-            raise IntegrityError(f"{weight.label} should have been compressed to {recipe.describe()}, and is not")
-        checks.append(_check_weight(written, operation, weight, values, recipe))
-    for name, kind in written.constants.items():
-        large = kind.dtype in ("FLOAT16", "FLOAT32") and any(weight.shape == kind.shape for weight in weights)
-        if large and name not in expected and not _feeds_constexpr(name, producers):
-            raise IntegrityError(f"the package has an uncompressed weight of unknown origin: {name}")
-    return checks
+def _warn_of_noise(checks: list[WeightCheck], recipe: Recipe, log: logging.Logger) -> None:
+    worst = min(checks, key=lambda check: check.sqnr_db, default=None)
+    if worst is not None and worst.sqnr_db < recipe.sqnr_db * 1.3:
+        log.warning("%s keeps %.1f dB of %s, which is little", recipe.format, worst.sqnr_db, worst.label)
 
 
-def _compressed(name: str, producers: Mapping[str, Operation]) -> Operation | None:
-    """Find the operation that coremltools' passes put in place of a constant."""
-    return next((producers[name + suffix] for suffix in _SUFFIXES if name + suffix in producers), None)
+def _evaluate(
+    job: Job[CoreMLOptions], recipe: Recipe, built: Built, written: Program, log: logging.Logger
+) -> dict[str, Any]:
+    """Run the written program on the probes and compare it with the source's outputs."""
+    wanted = job.options.evaluate
+    if wanted is False or (wanted is None and built.parameters > _EVALUATED_PARAMETERS):
+        return {"skipped": "not asked for" if wanted is False else "a large model; pass evaluate=True"}
+    job.progress.update(1, 2, "running the written program")
+    try:
+        evaluator = Evaluator(written)
+    except ConversionError as error:
+        if wanted:
+            raise
+        log.warning("the written program was not run: %s", error)
+        return {"skipped": str(error)}
+    found = agreement(run_written(evaluator, built), built.probes, built.expected, built.outputs)
+    _judge(found, recipe, log)
+    return {**found.as_dict(), "inputs": "random", "probes": [str(probe) for probe in built.probes]}
 
 
-def _feeds_constexpr(name: str, producers: Mapping[str, Operation]) -> bool:
-    return any(name in operation.inputs.values() for operation in producers.values())
-
-
-def _check_weight(
-    written: Program, operation: Operation, weight: Weight, values: np.ndarray, recipe: Recipe
-) -> WeightCheck:
-    dense = decode(written, operation)
-    source = torch.from_numpy(np.array(values)).float()
-    if dense.shape != source.shape:
-        raise IntegrityError(f"{weight.label} has shape {list(dense.shape)}, and its source {list(source.shape)}")
-    error = (dense - source).abs()
-    if recipe.kind == "linear":
-        groups, limit = _step(written, operation, source)
-        what = "a code is further from its weight than a step"
-    else:
-        groups, limit = _nearest(written, operation, source)
-        what = "a code is not that of the palette's nearest entry"
-    if bool((error > limit).any()):
-        raise IntegrityError(f"{weight.label} was not stored as {recipe.describe()}: {what}")
-    kept = sqnr(source, dense)
-    if kept < recipe.sqnr_db:
+def _judge(found: Agreement, recipe: Recipe, log: logging.Logger) -> None:
+    if not math.isfinite(found.relative_error):
         raise IntegrityError(
-            f"{recipe.format} keeps only {kept:.1f} dB of {weight.label}, and {recipe.sqnr_db:g} dB is the least that makes sense",
-            hint="outliers share a scale or palette with small weights: pass a smaller group_size, "
-            f"or exclude_layers=[{weight.label!r}]",
+            "the written program gives values that are not finite: something in the model leaves float16's range",
+            hint="pass float32_ops=['pow', 'reduce_mean', 'rsqrt', 'mul'] to compute norms in float32",
         )
-    return WeightCheck(weight.label, operation.type, groups, kept)
+    if recipe.kind == "float" and found.relative_error > _FLOAT16_ERROR:
+        log.warning(
+            "float16 changes the outputs by %.1e; float32_ops keeps sensitive operations in float32",
+            found.relative_error,
+        )
 
 
-def _step(written: Program, operation: Operation, source: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """A step of the grid at each element: rounding to nearest costs half, a rounded zero point up to half more."""
-    scale = torch.from_numpy(np.array(written.argument(operation, "scale"))).float()
-    groups = scale.numel()
-    axis = written.argument(operation, "axis")
-    if axis is not None and scale.ndim:
-        scale = scale.reshape([-1 if at == int(axis) else 1 for at in range(source.ndim)])
-    if scale.ndim == source.ndim:
-        for at, size in enumerate(source.shape):
-            scale = scale.repeat_interleave(size // scale.shape[at], at)
-    return groups, scale * 1.05 + source.abs() * 2**-10
+def run_written(evaluator: Evaluator, built: Built) -> Runner:
+    """Return a runner of the written program; a stateful one is fed as its trace was."""
+    names = [each.name for each in built.outputs]
+
+    def whole(probe: Probe) -> list[torch.Tensor]:
+        found = evaluator.run(probe.inputs)
+        return [found[name] for name in names]
+
+    def in_steps(probe: Probe) -> list[torch.Tensor]:
+        states = evaluator.states()
+        ids, mask = probe.inputs["input_ids"], probe.inputs["attention_mask"]
+        parts = [
+            evaluator.run({"input_ids": ids[:, a:b], "attention_mask": mask[:, :b]}, states)[names[0]]
+            for a, b in steps(probe.tokens)
+        ]
+        return [torch.cat(parts, 1)]
+
+    return in_steps if built.states else whole
 
 
-def _nearest(written: Program, operation: Operation, source: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Distance of each element to the nearest entry of its palette, and a little for rounding."""
-    palettes = torch.from_numpy(np.array(written.argument(operation, "lut"))).float()
-    if palettes.ndim == 1:
-        palettes = palettes.reshape([1] * source.ndim + [-1, 1])
-    blocks = palettes.shape[: source.ndim]
-    flat = palettes.reshape(-1, palettes.shape[-2])
-    limit = torch.empty_like(source)
-    axis = next((at for at, count in enumerate(blocks) if count > 1), 0)
-    moved, target = source.movedim(axis, 0), limit.movedim(axis, 0)
-    size = moved.shape[0] // len(flat)
-    for group, palette in enumerate(flat):
-        rows = slice(group * size, (group + 1) * size)
-        ordered = palette.sort().values
-        position = torch.searchsorted(ordered, moved[rows].contiguous()).clamp(1, len(ordered) - 1)
-        near = torch.minimum((moved[rows] - ordered[position - 1]).abs(), (ordered[position] - moved[rows]).abs())
-        target[rows] = near * (1 + 1e-5) + 1e-7
-    return len(flat), limit
+def _compare_runtime(job: Job[CoreMLOptions], built: Built, package: Path) -> dict[str, Any]:
+    """On a Mac: the same probes through Core ML itself."""
+    import coremltools as ct
+
+    units = getattr(ct.ComputeUnit, job.options.compute_units)
+    model = ct.models.MLModel(str(package), compute_units=units)
+    names = [each.name for each in built.outputs]
+
+    def run(probe: Probe) -> list[torch.Tensor]:
+        if built.states:
+            state, parts = model.make_state(), []
+            ids, mask = probe.inputs["input_ids"].numpy(), probe.inputs["attention_mask"].numpy()
+            for a, b in steps(probe.tokens):
+                given = {"input_ids": ids[:, a:b], "attention_mask": mask[:, :b]}
+                parts.append(torch.from_numpy(model.predict(given, state)[names[0]]))
+            return [torch.cat(parts, 1)]
+        found = model.predict({name: _native(name, each, built) for name, each in probe.inputs.items()})
+        return [torch.from_numpy(found[name]) for name in names]
+
+    return agreement(run, built.probes, built.expected, built.outputs).as_dict()
 
 
-def check_size(written: Program, weights: list[Weight], checks: list[WeightCheck], recipe: Recipe) -> dict[str, Any]:
-    """Compare the bytes on disk with what the format should take, and return the sizes.
+def _native(name: str, value: torch.Tensor, built: Built) -> Any:
+    """What Core ML's Python interface takes: arrays, and images as Pillow's."""
+    if not any(each.name == name and each.dtype.startswith("image") for each in built.inputs):
+        return value.numpy()
+    from PIL import Image
 
-    Raises:
-        IntegrityError: the weights take more.
-    """
-    groups = {check.label: check.groups for check in checks}
-    per_group = (1 << recipe.bits) * 2 if recipe.kind == "palette" else 3
-    nominal = 0.0
-    for weight in weights:
-        elements = math.prod(weight.shape)
-        kind = written.constants.get(weight.name)
-        kept = elements * (kind.bits if kind else 16) / 8
-        nominal += kept if weight.kept else elements * recipe.bits / 8 + groups[weight.label] * per_group
-    stored = sum(file.stat().st_size for file in written.package.rglob("*.bin"))
-    small = sum(
-        kind.numel * kind.bits / 8
-        for name, kind in written.constants.items()
-        if kind.numel and kind.numel <= min((math.prod(weight.shape) for weight in weights), default=0)
-    )
-    if stored > (nominal + small) * _SIZE_TOLERANCE + _SIZE_SLACK:
-        raise IntegrityError(f"the weights take {stored:,} bytes, and {recipe.describe()} should take {nominal:,.0f}")
-    return {"weight_bytes": stored, "nominal_bytes": int(nominal)}
-
-
-def operation_kinds(checks: list[WeightCheck]) -> dict[str, int]:
-    """How many weights each compression operation holds."""
-    return dict(Counter(check.operation for check in checks))
+    pixels = value[0].permute(1, 2, 0).byte().numpy()
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])

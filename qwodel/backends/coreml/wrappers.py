@@ -18,7 +18,18 @@ import torch
 
 from qwodel.backends.coreml.models import Kind
 
-__all__ = ["PAST", "TOKENS", "Input", "Output", "State", "Traceable", "outputs_of", "wrap_decoder", "wrap_encoder", "wrap_vision"]
+__all__ = [
+    "PAST",
+    "TOKENS",
+    "Input",
+    "Output",
+    "State",
+    "Traceable",
+    "outputs_of",
+    "wrap_decoder",
+    "wrap_encoder",
+    "wrap_vision",
+]
 
 Tensor = torch.Tensor
 _BLOCKED = -1e4  # an additive mask that float16 holds
@@ -111,7 +122,9 @@ class _RotaryTable(torch.nn.Module):
             self.register_buffer(f"table_{index}_cos", cos[0].clone(), persistent=False)
             self.register_buffer(f"table_{index}_sin", sin[0].clone(), persistent=False)
 
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         name = self._names[layer_type]
         return getattr(self, f"{name}_cos")[position_ids], getattr(self, f"{name}_sin")[position_ids]
 
@@ -189,7 +202,9 @@ class _BufferCache:
     def __init__(self, owner: torch.nn.Module, begin: int, end: int) -> None:
         self._owner, self._begin, self._end = owner, begin, end
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write new keys and values ``[batch, heads, tokens, dim]``; return all so far."""
         result = []
         for name, new in (("keys", keys), ("values", values)):
@@ -240,7 +255,9 @@ def wrap_decoder(model: torch.nn.Module, *, length: int, batch: int, stateful: b
         shapes = list(_cache_shapes(model, batch, length))
         module: torch.nn.Module = _StatefulDecoder(model, length, shapes)
         states = tuple(
-            State(f"{name}_{layer}", shape) for layer, shape in enumerate(shapes) for name in ("keys", "values")
+            State(f"{name}_{layer}", shape)
+            for layer, shape in enumerate(shapes)
+            for name in ("keys", "values")
         )
     else:
         module = _Decoder(model, length)
@@ -309,7 +326,9 @@ def wrap_encoder(model: torch.nn.Module, *, length: int, token_type_ids: bool) -
     _tabulate_rotary(model, length)
     inputs: tuple[Input, ...] = (_IDS, _MASK)
     if token_type_ids:
-        inputs += (Input("token_type_ids", ("batch", TOKENS), "int32", "0 for the first text, 1 for the second."),)
+        inputs += (
+            Input("token_type_ids", ("batch", TOKENS), "int32", "0 for the first text, 1 for the second."),
+        )
     outputs = outputs_of(Kind.ENCODER, model)
     return Traceable(Kind.ENCODER, _Encoder(model, length, len(outputs)).eval(), inputs, outputs)
 
@@ -347,4 +366,6 @@ def wrap_vision(
     _use_eager_attention(model)
     kind = {3: "image_rgb", 1: "image_grayscale"}.get(shape[1], "float32")
     image = Input("image", shape, kind, f"Image of {shape[3]} × {shape[2]} pixels, values 0 to 255.")
-    return Traceable(Kind.VISION, _Vision(model, scale, mean, std).eval(), (image,), outputs_of(Kind.VISION, model))
+    return Traceable(
+        Kind.VISION, _Vision(model, scale, mean, std).eval(), (image,), outputs_of(Kind.VISION, model)
+    )

@@ -133,7 +133,9 @@ def softmax(x: Tensor, axis: Tensor | int = -1) -> Tensor:
 
 
 @operation("cumsum")
-def cumsum(x: Tensor, axis: Tensor | int = 0, exclusive: Tensor | None = None, reverse: Tensor | None = None) -> Tensor:
+def cumsum(
+    x: Tensor, axis: Tensor | int = 0, exclusive: Tensor | None = None, reverse: Tensor | None = None
+) -> Tensor:
     axis = int(axis)
     if flag(reverse):
         x = x.flip(axis)
@@ -144,7 +146,7 @@ def cumsum(x: Tensor, axis: Tensor | int = 0, exclusive: Tensor | None = None, r
 
 
 @operation("reduce_argmax")
-def reduce_argmax(x: Tensor, axis: Tensor | int = -1, keep_dims: Tensor | None = None, output_dtype: str = "") -> Tensor:
+def reduce_argmax(x: Tensor, axis: Tensor | int = -1, keep_dims: Tensor | None = None) -> Tensor:
     return x.argmax(int(axis), flag(keep_dims))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from qwodel.backends.coreml.mil.program import Operation, Program, TensorType
-from qwodel.backends.coreml.mil.registry import OPERATIONS
+from qwodel.backends.coreml.mil.registry import NO_EFFECT, OPERATIONS
 from qwodel.exceptions import ConversionError, IntegrityError
 
 __all__ = ["Evaluator", "known_operations"]
@@ -52,7 +52,9 @@ class Evaluator:
     def states(self) -> dict[str, torch.Tensor]:
         """Return fresh states, all zero; :meth:`run` changes them in place."""
         named = {
-            op.inputs["input"] for op in self._program.operations if op.type in _STATES and "input" in op.inputs
+            op.inputs["input"]
+            for op in self._program.operations
+            if op.type in _STATES and "input" in op.inputs
         }
         return {
             name: torch.zeros([size or 1 for size in self._program.inputs[name].shape])
@@ -77,7 +79,9 @@ class Evaluator:
         """
         values: dict[str, Any] = {**self._constants}
         for name, kind in self._program.inputs.items():
-            values[name] = name if states is not None and name in states else _round(_tensor(inputs[name]), kind)
+            values[name] = (
+                name if states is not None and name in states else _round(_tensor(inputs[name]), kind)
+            )
         last_use = self._last_uses
         for position, operation in enumerate(self._operations):
             self._step(operation, values, states)
@@ -106,7 +110,9 @@ class Evaluator:
         self, operation: Operation, values: dict[str, Any], states: dict[str, torch.Tensor] | None
     ) -> None:
         arguments = {
-            key: _value(self._program.resolve(given, values)) for key, given in operation.inputs.items()
+            key: _value(self._program.resolve(given, values))
+            for key, given in operation.inputs.items()
+            if key not in NO_EFFECT
         }
         try:
             if operation.type in _STATES:
@@ -136,7 +142,11 @@ def _state(
 
 
 def _read(operation: Operation) -> list[str]:
-    flat = [each for given in operation.inputs.values() for each in (given if isinstance(given, list) else [given])]
+    flat = [
+        each
+        for given in operation.inputs.values()
+        for each in (given if isinstance(given, list) else [given])
+    ]
     return [each for each in flat if isinstance(each, str)]
 
 

@@ -35,7 +35,12 @@ def scaled_dot_product_attention(
 
 
 def _padding(
-    sizes: torch.Size, kernel: list[int], strides: list[int], dilations: list[int], kind: str, pad: Tensor | None
+    sizes: torch.Size,
+    kernel: list[int],
+    strides: list[int],
+    dilations: list[int],
+    kind: str,
+    pad: Tensor | None,
 ) -> list[int]:
     """Amounts for :func:`torch.nn.functional.pad`, last axis first."""
     if kind == "custom":

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPERATIONS", "flag", "integers", "operation"]
+__all__ = ["NO_EFFECT", "OPERATIONS", "flag", "integers", "operation"]
+
+NO_EFFECT = frozenset({"validate_indices", "output_dtype"})
+"""Parameters that do not change values; they are not passed on."""
 
 OPERATIONS: dict[str, Callable[..., Any]] = {}
 

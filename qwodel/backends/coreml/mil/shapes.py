@@ -67,7 +67,7 @@ def split(
 
 
 def _slices(
-    shape: tuple[int, ...],
+    rank: int,
     begin: Tensor,
     end: Tensor,
     stride: Tensor | None,
@@ -75,20 +75,23 @@ def _slices(
     end_mask: Tensor | None,
     squeeze_mask: Tensor | None,
 ) -> tuple[slice | int, ...]:
-    rank = len(shape)
     starts, ends = integers(begin), integers(end)
     strides = integers(stride, [1] * rank)
     open_start, open_end = integers(begin_mask, [0] * rank), integers(end_mask, [0] * rank)
     squeezed = integers(squeeze_mask, [0] * rank)
     found: list[slice | int] = []
-    for axis, size in enumerate(shape):
+    for axis in range(rank):
         if squeezed[axis]:
             found.append(starts[axis])
             continue
         if strides[axis] <= 0:
             raise ValueError("slices with negative strides")
         found.append(
-            slice(None if open_start[axis] else starts[axis], None if open_end[axis] else ends[axis], strides[axis])
+            slice(
+                None if open_start[axis] else starts[axis],
+                None if open_end[axis] else ends[axis],
+                strides[axis],
+            )
         )
     return tuple(found)
 
@@ -103,7 +106,7 @@ def slice_by_index(
     end_mask: Tensor | None = None,
     squeeze_mask: Tensor | None = None,
 ) -> Tensor:
-    return x[_slices(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
+    return x[_slices(x.ndim, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
 
 
 @operation("slice_update")
@@ -118,7 +121,7 @@ def slice_update(
     squeeze_mask: Tensor | None = None,
 ) -> Tensor:
     changed = x.clone()
-    changed[_slices(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)] = update
+    changed[_slices(x.ndim, begin, end, stride, begin_mask, end_mask, squeeze_mask)] = update
     return changed
 
 
@@ -135,7 +138,6 @@ def gather(
     indices: Tensor,
     axis: Tensor | int = 0,
     batch_dims: Tensor | int = 0,
-    validate_indices: Tensor | None = None,
 ) -> Tensor:
     if int(batch_dims):
         raise ValueError("gather with batch_dims")
@@ -147,9 +149,7 @@ def gather(
 
 
 @operation("gather_along_axis")
-def gather_along_axis(
-    x: Tensor, indices: Tensor, axis: Tensor | int = 0, validate_indices: Tensor | None = None
-) -> Tensor:
+def gather_along_axis(x: Tensor, indices: Tensor, axis: Tensor | int = 0) -> Tensor:
     return torch.gather(x, int(axis), indices.long())
 
 

@@ -42,7 +42,9 @@ class WeightFile:
             raise IntegrityError(f"{self.path} is truncated: it has no record at {offset}")
         sentinel, _, size, start, _ = _RECORD.unpack(record)
         if sentinel != _SENTINEL or start + size > len(self._bytes) or size < needed:
-            raise IntegrityError(f"{self.path} is damaged: the record at {offset} does not hold {needed} bytes")
+            raise IntegrityError(
+                f"{self.path} is damaged: the record at {offset} does not hold {needed} bytes"
+            )
         return self._bytes[start : start + needed]
 
 
