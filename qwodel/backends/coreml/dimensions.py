@@ -123,7 +123,7 @@ def check_options(kind: Kind, options: CoreMLOptions) -> None:
         misplaced = ["example_inputs"]
     if misplaced:
         raise ConfigurationError(
-            f"{', '.join(misplaced)} {'means' if len(misplaced) == 1 else 'mean'} nothing to a {kind.value}",
+            f"{', '.join(misplaced)} {'means' if len(misplaced) == 1 else 'mean'} nothing to {'an' if kind is Kind.ENCODER else 'a'} {kind.value}",
             hint="leave the option out",
         )
     if options.stateful and options.shapes != "range":

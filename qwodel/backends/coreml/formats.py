@@ -144,14 +144,14 @@ def _mode(name: str, options: CoreMLOptions) -> str | None:
 
 
 def _target(name: str, options: CoreMLOptions, grouped: bool) -> str:
-    reasons = {FORMATS[name].minimum: f"{name}"}
+    reasons = {FORMATS[name].minimum: name}
     if grouped:
-        reasons["iOS18"] = f"{name} in groups"
+        reasons.setdefault("iOS18", f"{name} in groups")
     if options.stateful:
-        reasons["iOS18"] = "a stateful key-value cache"
+        reasons.setdefault("iOS18", "a stateful key-value cache")
     if options.shapes == "enumerated":
         # Two inputs have enumerated shapes, which older systems do not take.
-        reasons["iOS18"] = "enumerated shapes of several inputs"
+        reasons.setdefault("iOS18", "enumerated shapes of several inputs")
     needed = max(reasons, key=_TARGETS.index)
     asked = options.deployment_target
     if asked is None:
