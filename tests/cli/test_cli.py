@@ -107,7 +107,11 @@ def test_a_terminal_gets_a_live_bar(stories15m: Path, tmp_path: Path) -> None:
         (("quantize", "./nowhere", "-b", "gguf", "-f", "Q8_0"), 2, "nowhere does not exist"),
         (("quantize", "{model}", "-b", "gguf", "-f", "Q8_0", "-O", "pur=1"), 2, "did you mean 'pure'?"),
         (("quantize", "{model}", "-b", "gguf", "-f", "Q8_0", "-O", "pure"), 2, "is not KEY=VALUE"),
-        (("quantize", "{model}", "-b", "coreml", "-f", "int4", "-O", "deployment_target=iOS16"), 2, "needs iOS18"),
+        (
+            ("quantize", "{model}", "-b", "coreml", "-f", "int4", "-O", "deployment_target=iOS16"),
+            2,
+            "needs iOS18",
+        ),
         (("quantize", "{model}", "-b", "gguf", "-f", "IQ2_S"), 5, "needs an importance matrix"),
         (("inspect", "{model}/config.json"), 2, "no model file this library knows"),
         (("list-formats", "gguff"), 2, "did you mean 'gguf'?"),

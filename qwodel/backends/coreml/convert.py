@@ -200,23 +200,32 @@ def _explained(error: Exception, log: list[str], module: torch.nn.Module | None)
             f"coremltools cannot convert the model: {_first_line(error)}",
             hint="try a later deployment_target, or trace the model yourself and give the TorchScript file",
         )
-    operator, scope = located[1], located[2].replace("/", ".").removeprefix("model.")
-    owner = _submodule(module, located[2].split("/"))
-    where = f"in {scope}{f', a {owner}' if owner else ''}" if scope else "at the top of the model"
+    owner = _owner(module, located[2].split("/"))
+    where = f"in {owner}" if owner else f"at {located[2]}"
     return ConversionError(
-        f"coremltools cannot convert the operator {operator} ({where}): {_first_line(error)}",
+        f"coremltools cannot convert the operator {located[1]} ({where}): {_first_line(error)}",
         hint="replace that module by one of plain tensor operations, register a conversion with "
         "coremltools.converters.mil.register_torch_op, or try a later deployment_target",
     )
 
 
-def _submodule(module: torch.nn.Module | None, path: list[str]) -> str:
-    if module is None:
-        return ""
-    try:
-        return type(module.get_submodule(".".join(path))).__name__
-    except AttributeError:
-        return ""
+def _owner(module: torch.nn.Module | None, path: list[str]) -> str:
+    """Name the module that coremltools' location lies in: it leaves out lists, and ends with a value's name."""
+    modules = dict(module.named_modules()) if module is not None else {}
+    for length in range(len(path), 0, -1):
+        fitting = [name for name in modules if _is_within(path[:length], name.split("."))]
+        if fitting:
+            name = min(fitting, key=len)
+            # A loaded TorchScript module remembers its class's name.
+            kind = getattr(modules[name], "original_name", type(modules[name]).__name__)
+            return f"{name.removeprefix('model.')}, a {kind}"
+    return ""
+
+
+def _is_within(parts: list[str], name: list[str]) -> bool:
+    """Whether ``name`` has all parts in this order and ends with the last."""
+    rest = iter(name)
+    return name[-1] == parts[-1] and all(part in rest for part in parts)
 
 
 def _first_line(error: BaseException) -> str:

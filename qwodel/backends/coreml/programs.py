@@ -60,7 +60,7 @@ def load_program(source: ModelSource, options: CoreMLOptions) -> LoadedProgram:
         if source.input_format == "torchscript":
             module = torch.jit.load(str(file), map_location="cpu").eval()  # type: ignore[no-untyped-call]
             program = module
-            names = [each.debugName() for each in list(module.graph.inputs())[1:]]
+            names = [each.name for each in module.forward.schema.arguments[1:]]
             stored: tuple[Any, ...] = ()
         else:
             exported = torch.export.load(file)

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = ["run_written", "verify"]
 
 _EVALUATED_PARAMETERS = 300_000_000
 _FLOAT16_ERROR = 1e-2
+_NORM_OPERATIONS = ("add", "mul", "pow", "reduce_mean", "rsqrt")
 _FLOAT32_BYTES = 4
 
 
@@ -90,21 +92,22 @@ def _evaluate(
         log.warning("the written program was not run: %s", error)
         return {"skipped": str(error)}
     found = agreement(run_written(evaluator, built), built.probes, built.expected, built.outputs)
-    _judge(found, recipe, log)
+    _judge(found, evaluator.overflows)
+    if recipe.kind == "float" and found.relative_error > _FLOAT16_ERROR:
+        log.warning("float16 changes the outputs by %.1e of their size", found.relative_error)
     return {**found.as_dict(), "inputs": "random", "probes": [str(probe) for probe in built.probes]}
 
 
-def _judge(found: Agreement, recipe: Recipe, log: logging.Logger) -> None:
-    if not math.isfinite(found.relative_error):
-        raise IntegrityError(
-            "the written program gives values that are not finite: something in the model leaves float16's range",
-            hint="pass float32_ops=['pow', 'reduce_mean', 'rsqrt', 'mul'] to compute norms in float32",
-        )
-    if recipe.kind == "float" and found.relative_error > _FLOAT16_ERROR:
-        log.warning(
-            "float16 changes the outputs by %.1e; float32_ops keeps sensitive operations in float32",
-            found.relative_error,
-        )
+def _judge(found: Agreement, overflows: Mapping[str, str]) -> None:
+    """Refuse a program whose values leave float16's range."""
+    if math.isfinite(found.relative_error) and not overflows:
+        return
+    first = next(iter(overflows), "an output")
+    kinds = sorted({*overflows.values(), *_NORM_OPERATIONS})
+    raise IntegrityError(
+        f"values of the written program leave float16's range, first in {first} ({overflows.get(first, 'not finite')})",
+        hint=f"compute such operations in float32: float32_ops={kinds}",
+    )
 
 
 def run_written(evaluator: Evaluator, built: Built) -> Runner:

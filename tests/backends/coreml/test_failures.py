@@ -128,35 +128,36 @@ def test_weights_that_float16_cannot_hold_are_named(tiny_llama: Path, tmp_path: 
 REMOTE = """
 from pathlib import Path
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 Path({mark!r}).write_text("ran")
 
-class OddNorm(torch.nn.Module):
+class OddMLP(torch.nn.Module):
     def forward(self, x):
-        return x * torch.special.i0e(x).mean()
+        return x * torch.special.i0e(x)
 
-class BranchingNorm(torch.nn.Module):
+class TalkativeMLP(torch.nn.Module):
     def forward(self, x):
-        return x.numpy() * 2
+        if torch.jit.is_tracing():
+            raise RuntimeError("this layer cannot be traced")
+        return x
 
 class OddForCausalLM(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
-        self.model.layers[1].odd = {kind}()
-        self.model.layers[1].register_forward_hook(lambda module, given, result: module.odd(result))
+        self.model.layers[1].mlp = {kind}()
 """
 
 
 def _remote(tiny_llama: Path, folder: Path, kind: str) -> tuple[Path, Path]:
     mark = folder / "mark"
-    auto_map = {"AutoModelForCausalLM": "odd.OddForCausalLM", "AutoConfig": "odd.LlamaConfig"}
+    auto_map = {"AutoModelForCausalLM": "odd.OddForCausalLM"}
     model = _copy(tiny_llama, folder / "model", architectures=["OddForCausalLM"], auto_map=auto_map)
     (model / "odd.py").write_text(REMOTE.format(mark=str(mark), kind=kind))
     return model, mark
 
 
 def test_code_of_a_model_runs_only_when_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
-    model, mark = _remote(tiny_llama, tmp_path, "OddNorm")
+    model, mark = _remote(tiny_llama, tmp_path, "OddMLP")
     with pytest.raises(
         ValidationError, match="OddForCausalLM is Python code that comes with the model"
     ) as caught:
@@ -169,11 +170,24 @@ def test_an_operator_of_a_model_is_named_with_its_layer(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model, mark = _remote(tiny_llama, tmp_path, "OddNorm")
-    with pytest.raises(ConversionError, match=r"operator special_i0e \(in .*layers\.1.*OddNorm\)") as caught:
+    model, mark = _remote(tiny_llama, tmp_path, "OddMLP")
+    with pytest.raises(
+        ConversionError, match=r"operator special_i0e \(in .*layers\.1\.mlp, a OddMLP\)"
+    ) as caught:
         make(model, tmp_path / "out", "float16", trust_remote_code=True)
     assert mark.exists()
     assert isinstance(caught.value.__cause__, NotImplementedError)
+    assert _nothing_in(tmp_path / "out")
+
+
+def test_a_layer_that_cannot_be_traced_is_named(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, _ = _remote(tiny_llama, tmp_path, "TalkativeMLP")
+    message = r"cannot be traced: this layer cannot be traced \(in model\.layers\.1\.mlp, a TalkativeMLP\)"
+    with pytest.raises(ConversionError, match=message):
+        make(model, tmp_path / "out", "float16", trust_remote_code=True)
     assert _nothing_in(tmp_path / "out")
 
 
@@ -210,8 +224,9 @@ def test_without_coremltools_the_command_says_what_to_install(tiny_llama: Path, 
     """sys.modules[name] = None is what Python takes for "cannot be imported"."""
     program = (
         "import sys; sys.modules['coremltools'] = None\n"
-        "from qwodel.cli.main import app\n"
-        f"app(['quantize', {str(tiny_llama)!r}, '-b', 'coreml', '-f', 'int4', '-o', {str(tmp_path / 'out')!r}])"
+        f"sys.argv[1:] = ['quantize', {str(tiny_llama)!r}, '-b', 'coreml', '-f', 'int4', '-o', {str(tmp_path)!r}]\n"
+        "from qwodel.__main__ import main\n"
+        "main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
@@ -246,13 +261,13 @@ def _check(sound: dict[str, Made], name: str, package: Path, short_stories: Path
 def test_changed_bytes_in_the_weights_are_found(
     sound: dict[str, Made], short_stories: Path, tmp_path: Path, name: str
 ) -> None:
-    """A hundred bytes in the middle of the file: no header, no length, only codes."""
+    """A hundred bytes in a quarter of the file: no header, no length, only codes."""
     package = tmp_path / "copy.mlpackage"
     shutil.copytree(sound[name].package, package)
     _check(sound, name, package, short_stories)
     file = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     data = np.fromfile(file, np.uint8)
-    data[len(data) // 2 :][:100] ^= 0b0110_0110
+    data[len(data) // 4 :][:100] ^= 0b0110_0110
     data.tofile(file)
     with pytest.raises(IntegrityError, match="was not stored as"):
         _check(sound, name, package, short_stories)

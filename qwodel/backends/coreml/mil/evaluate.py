@@ -44,6 +44,8 @@ class Evaluator:
                 hint="the written weights are checked all the same; run the model on a Mac to compare its outputs",
             )
         self._program = program
+        self.overflows: dict[str, str] = {}
+        """Operations whose finite results did not fit the declared type so far: name → MIL type."""
         self._constants: dict[str, Any] = {}
         for name in program.constants:
             self._constants[name] = _tensor(program.constant(name))
@@ -126,7 +128,9 @@ class Evaluator:
         results = result if isinstance(result, list) else [result]
         for (name, kind), each in zip(operation.outputs.items(), results, strict=False):
             _check_shape(operation, kind, each)
-            values[name] = _round(each, kind)
+            values[name] = rounded = _round(each, kind)
+            if rounded is not each and not torch.isfinite(rounded).all() and torch.isfinite(each).all():
+                self.overflows[operation.name] = operation.type
 
 
 def _state(
