@@ -100,7 +100,7 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         from qwodel.backends.coreml.verify import verify
         from qwodel.backends.coreml.weights import unplaced, weights_of
 
-        job.progress.stage("quantize", "looking at the weights")
+        job.progress.update(0.98, 1, "looking at the weights")
         original = Program(built.package)
         whole = "the format is float16" if recipe.kind == "float" else None
         weights = weights_of(original, built.source, job.options, kept=whole)
@@ -108,6 +108,7 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         workers = job.options.workers or os.cpu_count() or 1
         chosen = [weight for weight in weights if weight.kept is None]
         if recipe.kind == "float":
+            job.progress.stage("quantize", "writing the package")
             with record_log():
                 model = quiet_coremltools().models.MLModel(str(built.package), skip_model_load=True)
         else:
@@ -121,10 +122,10 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
             about = f", about {max(1, round(seconds))} s of k-means" if seconds else ""
             job.report["expected_kmeans_seconds"] = round(seconds, 1) if seconds else None
             self.log.info("%d weights to %s%s", len(chosen), recipe.describe(), about)
-            job.progress.update(0.02, 1, f"{len(chosen)} weights to {recipe.describe()}{about}")
+            job.progress.stage("quantize", f"{len(chosen)} weights to {recipe.describe()}{about}")
 
             def on_bar(what: str, done: int, total: int) -> None:
-                start, end = (0.02, 0.85) if "compression" in what else (0.85, 0.97)
+                start, end = (0.0, 0.85) if "compression" in what else (0.85, 0.97)
                 message = what.removeprefix("Running ").removeprefix("MIL ").strip()
                 job.progress.update(
                     start + (end - start) * done / max(total, 1), 1, f"{message} ({done}/{total})"

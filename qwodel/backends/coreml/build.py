@@ -20,7 +20,7 @@ from qwodel.backends.coreml.models import Kind, load_model
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.probes import Probe, Runner, prove, references, run_module, text_probes
 from qwodel.backends.coreml.programs import load_program
-from qwodel.backends.coreml.toolchain import BarCallback, record_log
+from qwodel.backends.coreml.toolchain import BarCallback, quiet_transformers, record_log
 from qwodel.backends.coreml.weights import check_exclusions
 from qwodel.backends.coreml.wrappers import (
     Input,
@@ -66,7 +66,8 @@ def build(job: Job[CoreMLOptions], kind: Kind, recipe: Recipe) -> Built:
         ConversionError: one of these steps fails; the message says which operator or module.
     """
     job.progress.stage("convert", f"loading {job.source.name}")
-    built = _build_program(job, recipe) if kind is Kind.PROGRAM else _build_model(job, kind, recipe)
+    with quiet_transformers():
+        built = _build_program(job, recipe) if kind is Kind.PROGRAM else _build_model(job, kind, recipe)
     gc.collect()  # traces refer to themselves
     return built
 

@@ -39,8 +39,17 @@ class WeightCheck:
     sqnr_db: float
 
 
-def check_interface(program: Program, inputs: Mapping[str, str], outputs: list[str], states: int) -> None:
-    """Compare names and types of inputs (``{name: int32, float32 or image}``), outputs and number of states.
+def check_interface(
+    program: Program, inputs: Mapping[str, str], outputs: Mapping[str, str | None], states: int, opset: str
+) -> None:
+    """Compare names and types of inputs and outputs, the number of states, and the operation set.
+
+    Args:
+        program: what was written.
+        inputs: ``int32``, ``float32`` or ``image`` by name.
+        outputs: ``float16`` or ``float32`` by name; ``None`` where any will do.
+        states: how many.
+        opset: such as ``CoreML8``, that of iOS 18.
 
     Raises:
         IntegrityError: they differ.
@@ -49,12 +58,14 @@ def check_interface(program: Program, inputs: Mapping[str, str], outputs: list[s
     found = {each.name: _feature(each.type) for each in description.input}
     if found != dict(inputs):
         raise IntegrityError(f"the package has the inputs {found}, and {dict(inputs)} were asked for")
-    if [each.name for each in description.output] != outputs or list(program.outputs) != outputs:
-        raise IntegrityError(
-            f"the package has the outputs {list(program.outputs)}, and {outputs} were asked for"
-        )
+    given = {each.name: _feature(each.type) for each in description.output}
+    fitting = all(kind in (None, given.get(name)) for name, kind in outputs.items())
+    if list(given) != list(outputs) or list(program.outputs) != list(outputs) or not fitting:
+        raise IntegrityError(f"the package has the outputs {given}, and {dict(outputs)} were asked for")
     if len(description.state) != states:
         raise IntegrityError(f"the package has {len(description.state)} states, and {states} were asked for")
+    if program.opset != opset:
+        raise IntegrityError(f"the package is written in {program.opset}, and {opset} was asked for")
 
 
 def _feature(kind: Any) -> str:

@@ -19,9 +19,15 @@ import numpy as np
 
 from qwodel.backends.coreml.formats import Recipe
 from qwodel.backends.coreml.mil.program import Program
-from qwodel.backends.coreml.toolchain import BarCallback, quiet_coremltools, record_log, report_bars
+from qwodel.backends.coreml.toolchain import (
+    BarCallback,
+    memory_errors,
+    quiet_coremltools,
+    record_log,
+    report_bars,
+)
 from qwodel.backends.coreml.weights import Weight
-from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
+from qwodel.exceptions import ConversionError, QuantizationError
 
 __all__ = ["compress", "divisor", "expected_seconds", "palettize"]
 
@@ -147,11 +153,8 @@ def compress(
             if weight.kept is None:
                 config.set_op_name(program.operation_name(weight.name), _op_config(recipe))
         try:
-            return _apply_graph_pass(model, _graph_pass(config, recipe, pool))
-        except MemoryError as error:
-            raise ResourceError(
-                "memory ran out while weights were compressed", hint="use a machine with more memory"
-            ) from error
+            with memory_errors("weights were compressed"):
+                return _apply_graph_pass(model, _graph_pass(config, recipe, pool))
         except QuantizationError:
             raise
         except Exception as error:

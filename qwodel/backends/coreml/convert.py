@@ -11,10 +11,17 @@ import numpy as np
 import torch
 
 from qwodel.backends.coreml.dimensions import Dimensions
+from qwodel.backends.coreml.formats import output_type
 from qwodel.backends.coreml.options import CoreMLOptions
-from qwodel.backends.coreml.toolchain import BarCallback, quiet_coremltools, record_log, report_bars
+from qwodel.backends.coreml.toolchain import (
+    BarCallback,
+    memory_errors,
+    quiet_coremltools,
+    record_log,
+    report_bars,
+)
 from qwodel.backends.coreml.wrappers import PAST, TOKENS, Input, Traceable
-from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
+from qwodel.exceptions import ConversionError, QuantizationError
 
 __all__ = ["convert_program", "convert_traced", "trace"]
 
@@ -45,12 +52,8 @@ def trace(traceable: Traceable, dimensions: Dimensions) -> torch.jit.ScriptModul
     """
     module = traceable.module
     try:
-        with record_log():
+        with record_log(), memory_errors("the model was traced"):
             traced = torch.jit.trace(module, examples(traceable, dimensions), check_trace=False)  # type: ignore[no-untyped-call]
-    except MemoryError as error:
-        raise ResourceError(
-            "memory ran out while the model was traced", hint="use a shorter input_shape"
-        ) from error
     except QuantizationError:
         raise
     except Exception as error:
@@ -94,7 +97,7 @@ def convert_traced(
         TOKENS: ct.RangeDim(1, dimensions.longest, default=_default(TOKENS, dimensions, traceable)),
         PAST: ct.RangeDim(1, dimensions.longest, default=max(dimensions.traced, 1)),
     } if dimensions.longest and not dimensions.fixed and not dimensions.lengths else {}  # fmt: skip
-    out_type = np.float32 if _year(target) < 16 else np.float16
+    out_type = np.float16 if output_type(target) == "float16" else np.float32
     arguments: dict[str, Any] = {
         "inputs": [_input_type(ct, each, dimensions, range_of) for each in traceable.inputs],
         "outputs": [ct.TensorType(each.name, dtype=out_type) for each in traceable.outputs],
@@ -153,12 +156,6 @@ def _input_type(ct: Any, spec: Input, dimensions: Dimensions, range_of: Mapping[
     return ct.TensorType(spec.name, shape(dimensions.longest), dtype=dtype)
 
 
-def _year(target: str) -> int:
-    """The iOS number of a target; macOS numbers are three less."""
-    number = int(re.sub(r"\D", "", target))
-    return number + 3 if target.startswith("macOS") else number
-
-
 def _convert(
     ct: Any,
     program: Any,
@@ -174,19 +171,16 @@ def _convert(
         precision = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.op_type not in kept)
     with record_log() as log, report_bars(on_progress):
         try:
-            return ct.convert(
-                program,
-                convert_to="mlprogram",
-                minimum_deployment_target=getattr(ct.target, target),
-                compute_precision=precision,
-                compute_units=getattr(ct.ComputeUnit, options.compute_units),
-                skip_model_load=True,
-                **arguments,
-            )
-        except MemoryError as error:
-            raise ResourceError(
-                "memory ran out during conversion", hint="use a machine with more memory"
-            ) from error
+            with memory_errors("the model was converted"):
+                return ct.convert(
+                    program,
+                    convert_to="mlprogram",
+                    minimum_deployment_target=getattr(ct.target, target),
+                    compute_precision=precision,
+                    compute_units=getattr(ct.ComputeUnit, options.compute_units),
+                    skip_model_load=True,
+                    **arguments,
+                )
         except QuantizationError:
             raise
         except Exception as error:

@@ -11,7 +11,7 @@ from qwodel.backends.base import FormatSpec
 from qwodel.backends.coreml.options import CoreMLOptions, Granularity
 from qwodel.exceptions import ConfigurationError
 
-__all__ = ["FORMATS", "Recipe", "format_specs", "resolve"]
+__all__ = ["FORMATS", "Recipe", "format_specs", "opset", "output_type", "resolve"]
 
 _DEFAULT_GROUP = 32
 _TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
@@ -163,3 +163,13 @@ def _target(name: str, options: CoreMLOptions, grouped: bool) -> str:
             hint=f"pass deployment_target='{needed}' or later, or another format",
         )
     return asked
+
+
+def opset(target: str) -> str:
+    """Return the MIL operation set of a deployment target: iOS 15 has ``CoreML5``, and each later one the next."""
+    return f"CoreML{int(_MACOS.get(target, target).removeprefix('iOS')) - 10}"
+
+
+def output_type(target: str) -> str:
+    """Return the type of outputs: before iOS 16 an output cannot be float16."""
+    return "float32" if opset(target) == "CoreML5" else "float16"

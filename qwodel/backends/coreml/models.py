@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qwodel.backends.coreml.options import CoreMLOptions
+from qwodel.backends.coreml.toolchain import memory_errors
 from qwodel.exceptions import ConversionError, QuantizationError, ValidationError
 from qwodel.source import ModelSource
 
@@ -120,14 +121,16 @@ def load_model(source: ModelSource, options: CoreMLOptions) -> Any:
     architecture = source.config["architectures"][0]
     remote = architecture in str(source.config.get("auto_map", "")) or not hasattr(transformers, architecture)
     loader = _remote_class(source, architecture, options) if remote else getattr(transformers, architecture)
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         extra = {"trust_remote_code": True} if remote else {}
-        model, info = loader.from_pretrained(
-            Path(source.path), dtype=torch.float32, local_files_only=True, output_loading_info=True, **extra
-        )
+        with memory_errors(f"{source.name} was loaded"):
+            model, info = loader.from_pretrained(
+                Path(source.path),
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                **extra,
+            )
     except QuantizationError:
         raise
     except Exception as error:
@@ -135,8 +138,6 @@ def load_model(source: ModelSource, options: CoreMLOptions) -> Any:
             f"transformers cannot load {source.name} as {architecture}: {str(error).splitlines()[0] if str(error) else error!r}",
             hint="check that the files are complete and belong together",
         ) from error
-    finally:
-        transformers.logging.set_verbosity(level)
     if getattr(model, "main_input_name", "input_ids") not in ("input_ids", "pixel_values"):
         raise ValidationError(
             f"{architecture} takes {model.main_input_name}, and the coreml backend makes models of text and images",

@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
-__all__ = ["BarCallback", "quiet_coremltools", "record_log", "report_bars"]
+from qwodel.exceptions import ResourceError
+
+__all__ = [
+    "BarCallback",
+    "memory_errors",
+    "quiet_coremltools",
+    "quiet_transformers",
+    "record_log",
+    "report_bars",
+]
 
 BarCallback = Callable[[str, int, int], object]
 """``(what is being done, items done, items in all)``."""
@@ -20,6 +29,7 @@ _BARS = (
     ("coremltools.converters.mil.mil.passes.pass_pipeline", "tqdm"),
     ("coremltools.optimize.coreml._quantization_passes", "tqdm"),
 )
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
 # coremltools keeps the current opset and pass options in globals.
 _LOCK = threading.RLock()
 
@@ -28,6 +38,36 @@ def quiet_coremltools() -> Any:
     """Import coremltools without what it says about missing Apple libraries and untested versions."""
     with record_log():
         return import_module("coremltools")
+
+
+@contextlib.contextmanager
+def memory_errors(doing: str) -> Iterator[None]:
+    """Turn Python's and torch's lack of memory into :class:`ResourceError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+            raise ResourceError(
+                f"memory ran out while {doing}",
+                hint="use a machine with more memory, or a smaller seq_length and input_shape",
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing warnings and bars."""
+    from transformers.utils import logging as messages
+
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
 
 
 class _Bar:

@@ -15,7 +15,7 @@ import torch
 from qwodel.backends.base import Job
 from qwodel.backends.coreml.build import Built
 from qwodel.backends.coreml.checks import WeightCheck, check_interface, check_size, check_weights
-from qwodel.backends.coreml.formats import Recipe
+from qwodel.backends.coreml.formats import Recipe, opset, output_type
 from qwodel.backends.coreml.mil.evaluate import Evaluator
 from qwodel.backends.coreml.mil.program import Program
 from qwodel.backends.coreml.options import CoreMLOptions
@@ -48,7 +48,9 @@ def verify(
     job.progress.stage("verify", "reading the package back")
     written, threshold = Program(package), job.options.weight_threshold
     kinds = {each.name: "image" if each.dtype.startswith("image") else each.dtype for each in built.inputs}
-    check_interface(written, kinds, [each.name for each in built.outputs], len(built.states))
+    kind = output_type(recipe.target) if built.proof is not None else None
+    outputs = {each.name: kind for each in built.outputs}
+    check_interface(written, kinds, outputs, len(built.states), opset(recipe.target))
     checks = check_weights(original, written, weights, recipe, threshold)
     sizes = check_size(written, weights, checks, recipe, threshold)
     stored = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())

@@ -120,7 +120,9 @@ def test_weights_that_float16_cannot_hold_are_named(tiny_llama: Path, tmp_path: 
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConversionError, match=r"model\.layers\.1\.mlp\.up_proj\.weight|are not finite"):
+    with pytest.raises(
+        ConversionError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values that float16 cannot"
+    ):
         make(model, tmp_path / "out", "int8_linear")
     assert _nothing_in(tmp_path / "out")
 
@@ -220,6 +222,31 @@ def test_a_disk_too_small_is_refused_before_the_start(
         make(tiny_llama, tmp_path / "out", "float16")
 
 
+STARVED = """
+import resource, sys
+from qwodel import Quantizer, ResourceError
+from qwodel.backends.coreml import build, compress, verify
+import transformers.models.llama.modeling_llama
+quantizer = Quantizer("coreml", sys.argv[1], sys.argv[2])
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 40_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    quantizer.quantize("float16")
+except ResourceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_too_little_memory_is_a_resource_error(stories15m: Path, tmp_path: Path) -> None:
+    """60 MB of float32 weights do not go into 40."""
+    command = [sys.executable, "-c", STARVED, str(stories15m), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "memory ran out while" in done.stdout, done.stderr[-2000:]
+    assert _nothing_in(tmp_path / "out")
+
+
 def test_without_coremltools_the_command_says_what_to_install(tiny_llama: Path, tmp_path: Path) -> None:
     """sys.modules[name] = None is what Python takes for "cannot be imported"."""
     program = (
@@ -279,14 +306,13 @@ def test_a_package_of_another_kind_is_found(sound: dict[str, Made], short_storie
     with pytest.raises(IntegrityError, match="should have been compressed"):
         _check(sound, "int4", sound["float16"].package, short_stories)
     inputs = {"input_ids": "int32", "attention_mask": "int32"}
-    check_interface(sound["int4"].program, inputs, ["logits"], 0)
-    for changed in (
-        ({"input_ids": "int32"}, ["logits"], 0),
-        (inputs, ["scores"], 0),
-        (inputs, ["logits"], 2),
-    ):
+    right = (inputs, {"logits": "float16"}, 0, "CoreML8")
+    check_interface(sound["int4"].program, *right)
+    for position, wrong in enumerate(({"input_ids": "int32"}, {"logits": "float32"}, 2, "CoreML6")):
         with pytest.raises(IntegrityError):
-            check_interface(sound["int4"].program, *changed)
+            check_interface(sound["int4"].program, *right[:position], wrong, *right[position + 1 :])
+    with pytest.raises(IntegrityError, match="outputs"):
+        check_interface(sound["int4"].program, inputs, {"scores": "float16"}, 0, "CoreML8")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,21 @@ def test_an_operator_that_does_not_convert_is_named_with_its_module(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+class _Best(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.topk(x, 3).values
+
+
+def test_an_operation_that_cannot_be_evaluated_is_reported(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Sequential(nn.Linear(8, 8), _Best()).eval(), torch.randn(1, 8)).save(
+        str(tmp_path / "top.pt")
+    )
+    made = make(tmp_path / "top.pt", tmp_path / "out", "float16", input_shape=(1, 8))
+    assert made.info["evaluated"] == {"skipped": "the evaluator does not know topk"}
+    with pytest.raises(ConversionError, match="does not know topk"):
+        make(tmp_path / "top.pt", tmp_path / "other", "float16", input_shape=(1, 8), evaluate=True)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_packed_codes_are_read_back(bits: int) -> None:
     codes = np.random.default_rng(bits).integers(0, 1 << bits, 1001).astype(np.uint8)
