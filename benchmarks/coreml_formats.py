@@ -106,7 +106,9 @@ def _compare(model: Path, package: Path) -> dict[str, Any]:
 
     from qwodel.backends.coreml.mil.evaluate import Evaluator
     from qwodel.backends.coreml.mil.program import Program
+    from qwodel.backends.coreml.toolchain import quiet_coremltools
 
+    quiet_coremltools()
     program = Program(package)
     decoder = "logits" in program.outputs
     ids, expected = _reference(model, decoder)
