@@ -7,8 +7,8 @@ columns behind it along row i of U. The objective is tr(E H Eᵀ) = ‖X Eᵀ‖
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "InverseFactor",
     "factorize",
     "gptq",
+    "gptq_together",
     "output_error",
     "solve_block",
 ]
@@ -105,45 +106,79 @@ def gptq(
     gram: torch.Tensor,
     options: GptqOptions | None = None,
     *,
-    scale: torch.Tensor | None = None,
     solver: BlockSolver | None = None,
 ) -> GptqResult:
     """Round a weight to codes of small output error; never worse than round-to-nearest.
 
-    Rows are independent: several weights with the same inputs may be stacked into one, with row
-    or group scales. Scales are settled before the first column is rounded, so act-order needs no
-    index of groups.
+    Scales are settled before the first column is rounded, so act-order needs no index of groups.
 
     Args:
         weight: ``[M, N]``, bf16, fp16, fp32 or fp64; solved in fp64 on the CPU, else in fp32.
         gram: ``[N, N]`` XᵀX of real inputs, up to a factor.
-        scale: dequant scale to use instead of a chosen one.
         solver: rounds one block of columns; :func:`solve_block` unless given.
 
     Raises:
         ValidationError: not a floating-point matrix, NaN or Inf in it, or a Gram matrix that does not fit.
     """
+    return gptq_together([weight], quant_type, granularity, gram, options, solver=solver)[0]
+
+
+def gptq_together(
+    weights: Sequence[torch.Tensor],
+    quant_type: QuantType,
+    granularity: Granularity,
+    gram: torch.Tensor,
+    options: GptqOptions | None = None,
+    *,
+    solver: BlockSolver | None = None,
+) -> list[GptqResult]:
+    """:func:`gptq` of several weights with the same inputs, such as q, k and v, in one go.
+
+    Rows are independent, so the codes are those of each weight alone.
+
+    Args:
+        weights: ``[M_i, N]`` each.
+
+    Raises:
+        ValidationError: as :func:`gptq`.
+    """
     options = options or GptqOptions()
-    check_matrix(weight)
-    metric = check_gram(gram, weight.shape[1])
-    nearest = quantize(weight, quant_type, granularity)
-    target = weight if weight.dtype == torch.float64 else weight.float()
-    # In fp32 the order of sums turns a code in ten thousand; in fp64 none.
-    work = target.double() if target.device.type == "cpu" else target
-    signal, nearest_loss = output_error(target, metric), output_error(nearest.dequantize() - target, metric)
-    if weight.numel() == 0:
-        return GptqResult(nearest, nearest_loss, nearest_loss, signal, options.damping)
+    for weight in weights:
+        check_matrix(weight)
+    metric = check_gram(gram, weights[0].shape[1])
+    starts = [_nearest(weight, quant_type, granularity, metric, options) for weight in weights]
+    if weights[0].shape[1] == 0:
+        return starts
     factor = factorize(metric, options)
     if isinstance(factor, float):
         reason = f"its Gram matrix cannot be factored even with damping {factor:g}"
-        return GptqResult(nearest, nearest_loss, nearest_loss, signal, factor, reason)
-    if scale is None:
-        scale = _choose_scale(weight, quant_type, granularity, metric, options)
-    rounded = _solve(work, factor, scale, quant_type, granularity, options, solver or solve_block)
-    solved = quantize(rounded, quant_type, granularity, scale)
-    loss = output_error(solved.dequantize() - target, metric)
-    best, loss = _keep_better(solved, loss, nearest, nearest_loss)
-    return GptqResult(best, loss, nearest_loss, signal, factor.damping)
+        return [replace(start, damping=factor, fell_back=reason) for start in starts]
+    scales = [_choose_scale(weight, quant_type, granularity, metric, options) for weight in weights]
+    rounded = _solve(weights, factor, scales, quant_type, granularity, options, solver or solve_block)
+    results = []
+    for weight, scale, start, values in zip(weights, scales, starts, rounded, strict=True):
+        solved = quantize(values, quant_type, granularity, scale)
+        loss = output_error(solved.dequantize() - _single(weight), metric)
+        best, loss = _keep_better(solved, loss, start.quantized, start.loss)
+        results.append(replace(start, quantized=best, loss=loss, damping=factor.damping))
+    return results
+
+
+def _nearest(
+    weight: torch.Tensor,
+    quant_type: QuantType,
+    granularity: Granularity,
+    gram: torch.Tensor,
+    options: GptqOptions,
+) -> GptqResult:
+    nearest = quantize(weight, quant_type, granularity)
+    target = _single(weight)
+    loss = output_error(nearest.dequantize() - target, gram)
+    return GptqResult(nearest, loss, loss, output_error(target, gram), options.damping)
+
+
+def _single(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight.dtype == torch.float64 else weight.float()
 
 
 def output_error(error: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -249,32 +284,39 @@ def solve_block(
 
 
 def _solve(
-    weight: torch.Tensor,
+    weights: Sequence[torch.Tensor],
     factor: InverseFactor,
-    scale: torch.Tensor,
+    scales: Sequence[torch.Tensor],
     quant_type: QuantType,
     granularity: Granularity,
     options: GptqOptions,
     solver: BlockSolver,
-) -> torch.Tensor:
-    """The weights that GPTQ's codes stand for, ``[M, N]``."""
-    rows, count = weight.shape
-    columns = weight.T[factor.order].contiguous()
-    spread = expand_scale(scale, granularity, slice(0, rows), count).to(weight.dtype)
-    scales = spread.T[factor.order] if granularity.is_block else spread.reshape(1, -1).expand(count, -1)
+) -> tuple[torch.Tensor, ...]:
+    """The weights that GPTQ's codes stand for, ``[M_i, N]`` each."""
+    order, count = factor.order, len(factor.order)
+    # In fp32 the order of sums turns a code in ten thousand; in fp64 none.
+    work = torch.float64 if order.device.type == "cpu" else torch.float32
+    columns = torch.cat([weight.to(work).T for weight in weights], dim=1)[order]
+    width = count if granularity.is_block else 1
+    per_row = []
+    for weight, scale in zip(weights, scales, strict=True):
+        part = expand_scale(scale, granularity, slice(0, len(weight)), count).to(work)
+        per_row.append(part.reshape(-1, width).expand(len(weight), width))
+    spread = torch.cat(per_row).T
+    spread = spread[order] if granularity.is_block else spread.expand(count, -1)
     rounded = torch.empty_like(columns)
     step = options.block_size if options.lazy else 1
     for start in range(0, count, step):
         stop = min(start + step, count)
-        influence = factor.rows(start, stop).to(weight.dtype)
+        influence = factor.rows(start, stop).to(work)
         width = stop - start
-        values, errors = solver(columns[start:stop], influence[:, :width], scales[start:stop], quant_type)
+        values, errors = solver(columns[start:stop], influence[:, :width], spread[start:stop], quant_type)
         rounded[start:stop] = values
         if stop < count:
             columns[stop:].addmm_(influence[:, width:].T, errors, alpha=-1)
     result = torch.empty_like(rounded)
-    result[factor.order] = rounded
-    return result.T
+    result[order] = rounded
+    return torch.split(result.T, [len(weight) for weight in weights])
 
 
 def _choose_scale(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwodel.algorithms.gptq import GptqOptions, factorize, gptq, output_error
+from qwodel.algorithms.gptq import GptqOptions, factorize, gptq, gptq_together, output_error
 from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.scale_choice import check_gram
 from qwodel.algorithms.scales import quantize
@@ -135,6 +135,18 @@ def test_rows_are_independent():
     parts = [gptq(part, INT8, ROW, gram).quantized for part in weight.split([5, 30, 13])]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
     assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))
+
+
+@pytest.mark.parametrize(("quant_type", "granularity"), CASES, ids=str)
+def test_weights_with_the_same_inputs_are_solved_together(quant_type, granularity):
+    weights_, gram = heavy(60, 50).split([20, 33, 7]), gram_of(50)
+    for weight, together in zip(
+        weights_, gptq_together(weights_, quant_type, granularity, gram), strict=True
+    ):
+        alone = gptq(weight, quant_type, granularity, gram)
+        assert torch.equal(alone.quantized.codes.float(), together.quantized.codes.float())
+        assert torch.equal(alone.quantized.scale, together.quantized.scale)
+        assert torch.equal(alone.loss, together.loss)
 
 
 def test_few_samples_are_damped():
