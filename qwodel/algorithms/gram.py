@@ -93,6 +93,11 @@ class GramAccumulator:
                 product = rows.T @ rows
             self._gram += product.to(self._gram.device)
 
+    @property
+    def columns(self) -> int:
+        """Input channels."""
+        return len(self._sum)
+
     def copy(self) -> GramAccumulator:
         """An accumulator that goes on from here on its own."""
         twin = GramAccumulator(len(self._sum), gram=False)

@@ -101,6 +101,7 @@ class _Run:
         self.progress.stage("calibrate", f"{len(units)} blocks")
         self.steps = max(1, 2 * len(units) * len(self.batches))
         _load_outside(self.lazy, model, "", frozenset(units))
+        model.tie_weights()
         with torch.no_grad():
             run_in_step(lambda batch: model(**batch), self.batches, units, self._visit)
         self._round_unseen()
