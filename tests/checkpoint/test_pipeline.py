@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import qwodel.checkpoint.pipeline as pipeline
+import qwodel.checkpoint.tensor_compute as tensor_compute
 import qwodel.checkpoint.tensor_work as tensor_work
 from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.checkpoint.comfyui import ComfyUILayout
@@ -72,8 +73,8 @@ def run(
 def slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in one slab, or in many that are read twice where a whole tensor shares a scale."""
     if request.param == "slabs":
-        monkeypatch.setattr(tensor_work, "row_slabs", lambda *a: row_slabs(*a, elements=500))
-        monkeypatch.setattr(tensor_work, "_KEEP_ELEMENTS", 1000)
+        monkeypatch.setattr(tensor_compute, "row_slabs", lambda *a: row_slabs(*a, elements=500))
+        monkeypatch.setattr(tensor_compute, "_KEEP_ELEMENTS", 1000)
         monkeypatch.setattr(tensor_work, "_COPY_BYTES", 700)
 
 
@@ -168,10 +169,10 @@ class Tasks:
     def compute(self, task: str, pieces: Iterator[torch.Tensor], device: torch.device) -> Any:
         self.places[task] = device.type
         for piece in pieces:
-            yield tensor_work.Write(task, piece)
+            yield tensor_compute.Write(task, piece)
         return task
 
-    def write(self, item: tensor_work.Write) -> None:
+    def write(self, item: tensor_compute.Write) -> None:
         self.slow_writer.wait(0.002)
         with self.lock:
             self.alive -= self.piece
