@@ -17,10 +17,12 @@ from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.executor import make_executor
 from qwodel.checkpoint.layer_config import LayerConfig, load_layer_config
 from qwodel.checkpoint.layout import Layout
+from qwodel.checkpoint.pipeline import executor_for
 from qwodel.checkpoint.plan import Plan, build_plan
 from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE, LayerOverride, LoraSource, Recipe
 from qwodel.checkpoint.rounding import Learned, Nearest, Rounding, ScaleSearch
 from qwodel.checkpoint.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.streaming import resolve_device
 from qwodel.checkpoint.transformers_layout import TransformersLayout
 from qwodel.checkpoint.verify import LayerQuality, verify
 from qwodel.exceptions import ConfigurationError
@@ -93,7 +95,13 @@ class WeightFileOptions(BackendOptions):
     save_quant_metadata: bool = Field(False, description="comfyui layout: describe layers in the header too.")
     legacy_names: bool = Field(False, description="comfyui layout: scaled_fp8 names instead of descriptions.")
     max_shard_size: int = Field(DEFAULT_SHARD_SIZE, gt=0, description="transformers layout: bytes a shard.")
-    workers: int = Field(1, ge=1, description="Processes that work on tensors; the bytes are the same.")
+    workers: int = Field(
+        1, ge=1, description="Processes that work on tensors on the CPU; the bytes are the same."
+    )
+    device: str = Field(
+        "cpu",
+        description="Where codes are computed: cpu, cuda, cuda:N, or auto for CUDA where there is one.",
+    )
 
 
 class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
@@ -111,6 +119,7 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
     def check(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> None:
         _layout(source, options).support(_format(spec, options))
         _recipe(spec, options)
+        resolve_device(options.device)
 
     def plan(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> Plan:
         """Return what a run would do; ``str`` of its ``table()`` is the dry run."""
@@ -120,12 +129,15 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
         plan = self.plan(job.source, job.format, job.options)
         self.log.info("model family: %s", plan.family)
         require_space(job.output.scratch, plan.output_bytes, f"making {job.output.final.name}")
-        executor = make_executor(job.options.workers)
+        device, workers = resolve_device(job.options.device), job.options.workers
         if not plan.layout.single_file:
             job.output.path.mkdir()
-        conversion = convert(plan, job.output.path, executor=executor, progress=job.progress)
-        quality = verify(conversion, executor=executor, progress=job.progress)
+        conversion = convert(
+            plan, job.output.path, executor=executor_for(device, workers), progress=job.progress
+        )
+        quality = verify(conversion, executor=make_executor(workers), progress=job.progress)
         job.report |= _report(plan, quality, job.source)
+        job.report |= {"device": str(device), "fell_back_to_cpu": list(conversion.fell_back)}
 
 
 def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) -> dict[str, Any]:

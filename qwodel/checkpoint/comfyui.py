@@ -97,6 +97,10 @@ class ComfyUILayout:
             return ReaderSupport(False, "ComfyUI", "legacy scaled FP8 files have one scale a tensor")
         return ReaderSupport(found.loads, "ComfyUI", found.reason)
 
+    def obstacle(self, source: SourceTensor, wanted: StorageFormat) -> str | None:
+        del source, wanted
+        return None
+
     def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
         assert wanted.quant_type is not None
         layer = source.name.removesuffix(".weight")

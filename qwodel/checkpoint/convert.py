@@ -28,12 +28,14 @@ class Conversion:
         destination: the file or directory.
         files: every weight file.
         squared_errors: weight name → ‖W−Ŵ‖² as the rounding method left it, where it was not plain rounding.
+        fell_back: tensors that the CPU took over as the device's memory ran out.
     """
 
     plan: Plan
     destination: Path
     files: tuple[Path, ...]
     squared_errors: Mapping[str, float]
+    fell_back: tuple[str, ...] = ()
 
 
 def convert(
@@ -67,19 +69,21 @@ def convert(
     # Largest first: then no worker ends alone with the largest.
     work.sort(key=lambda each: -each.output_bytes)
     factory = WorkerFactory(plan.source, plan.files, paths)
-    done, errors, finished = 0, {}, set()
+    done, errors, finished, fell_back = 0, {}, set(), []
     # An error's traceback would keep the generator, and its processes, alive.
     with closing((executor or SerialExecutor()).run(factory, work)) as results:
         for result in results:
             done += result.source_bytes
             finished.add(result.name)
+            if result.fell_back:
+                fell_back.append(result.name)
             if result.squared_error is not None:
                 errors[result.name] = result.squared_error
             progress.update(done, total, result.name)
     if missing := {each.name for each in work} - finished:
         raise IntegrityError(f"{len(missing)} tensors were not written: {min(missing)!r} …")
     _finish(plan, destination, paths)
-    return Conversion(plan, destination, tuple(paths.values()), errors)
+    return Conversion(plan, destination, tuple(paths.values()), errors, tuple(fell_back))
 
 
 def _finish(plan: Plan, destination: Path, paths: Mapping[str, Path]) -> None:

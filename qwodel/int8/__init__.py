@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qwodel.int8.constants import COMPUTE_DTYPE, INT8_SYMMETRIC_MAX, SCALE_DTYPE, TARGET_INT8_DTYPE
-from qwodel.int8.convert import Int8Conversion, convert_to_int8
+from qwodel.int8.convert import Int8Conversion, convert_to_int8, plan_int8
 from qwodel.int8.learned_rounding import LearnedRoundingConverter
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "load_lora_tensors",
     "merge_lora_into_weight",
     "merge_multiple_loras",
+    "plan_int8",
 ]
 
 _HOME = {

@@ -124,7 +124,7 @@ def test_the_plan_knows_the_exact_size(tmp_path: Path, name: str) -> None:
     (tmp_path / "in" / "config.json").write_text('{"torch_dtype": "bfloat16"}')
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
     conversion, _ = run(
-        tmp_path / "in", tmp_path / "out", TransformersLayout(), format=name, max_shard_size=30_000
+        tmp_path / "in", tmp_path / "out", TransformersLayout("none"), format=name, max_shard_size=30_000
     )
     written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*"))
     assert written == conversion.plan.output_bytes
