@@ -86,7 +86,7 @@ def load_and_save(source: Path, target: Path) -> float:
 
 def stream(source: Path, target: Path, name: str, check: bool, workers: int) -> float:
     from qwodel.checkpoint.convert import convert
-    from qwodel.checkpoint.executor import make_executor
+    from qwodel.checkpoint.pipeline import make_executor
     from qwodel.checkpoint.plan import build_plan
     from qwodel.checkpoint.recipe import Recipe
     from qwodel.checkpoint.storage_format import storage_format
@@ -106,7 +106,7 @@ def stream_one_file(source: Path, target: Path, workers: int) -> float:
     """What :func:`convert_with_peer` does, by us, read back too."""
     from qwodel.checkpoint.comfyui import ComfyUILayout
     from qwodel.checkpoint.convert import convert
-    from qwodel.checkpoint.executor import make_executor
+    from qwodel.checkpoint.pipeline import make_executor
     from qwodel.checkpoint.plan import build_plan
     from qwodel.checkpoint.recipe import Recipe
     from qwodel.checkpoint.storage_format import storage_format

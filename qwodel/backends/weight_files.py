@@ -14,10 +14,9 @@ from qwodel.backends.base import BackendOptions, BaseQuantizer, FormatSpec, Job
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.decisions import Action
-from qwodel.checkpoint.executor import make_executor
 from qwodel.checkpoint.layer_config import LayerConfig, load_layer_config
 from qwodel.checkpoint.layout import Layout
-from qwodel.checkpoint.pipeline import executor_for
+from qwodel.checkpoint.pipeline import executor_for, make_executor
 from qwodel.checkpoint.plan import Plan, build_plan
 from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE, LayerOverride, LoraSource, Recipe
 from qwodel.checkpoint.rounding import Learned, Nearest, Rounding, ScaleSearch

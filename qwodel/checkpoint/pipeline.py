@@ -18,21 +18,23 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from qwodel.checkpoint.executor import Executor, Worker, make_executor
+from qwodel.checkpoint.executor import Executor, ProcessExecutor, ThreadExecutor, Worker
 from qwodel.checkpoint.streaming import StreamingOptions, device_memory
 from qwodel.exceptions import ConversionError, ResourceError
+from qwodel.hardware import cpu_count
 
-__all__ = ["PipelineExecutor", "StagedWorker", "executor_for"]
+__all__ = ["PipelineExecutor", "StagedWorker", "executor_for", "make_executor"]
 
 log = logging.getLogger(__name__)
 
-QUEUE_BYTES = 64 << 20
+QUEUE_BYTES = 32 << 20
 """What may wait between two stages; a larger piece waits alone."""
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
 _CPU = torch.device("cpu")
+_THREADS = 4  # more would wait for the disk
 _OUTGROWN = 0.75  # of its thresholds are left to a device that ran out of memory
 
 
@@ -67,7 +69,7 @@ class StagedWorker(Protocol):
 class PipelineExecutor:
     """Three stages in three threads.
 
-    Workers that are no :class:`StagedWorker` run one task after another.
+    Workers that are no :class:`StagedWorker` run in a few threads instead.
 
     Attributes:
         device: where tasks are computed that the streaming options leave there.
@@ -97,22 +99,33 @@ class PipelineExecutor:
                         yield from results
                 finally:
                     torch.set_num_threads(before)
-            else:
-                for task in tasks:
-                    yield worker(task)
+                return
+        with closing(ThreadExecutor(min(cpu_count(), _THREADS)).run(factory, tasks)) as results:
+            yield from results
 
 
-def executor_for(device: torch.device, workers: int, streaming: StreamingOptions | None = None) -> Executor:
-    """Return the pipeline for a device, and ``workers`` processes for the CPU.
+def executor_for(
+    device: torch.device, workers: int = 1, streaming: StreamingOptions | None = None
+) -> Executor:
+    """Return the executor of a conversion: a pipeline, or ``workers`` processes on the CPU.
 
     Raises:
         ConfigurationError: ``workers`` is below 1.
     """
-    on_cpu = make_executor(workers)
     if device.type == "cpu":
         log.debug("everything is computed on the CPU, so streaming modes have nothing to move")
-        return on_cpu
+        if workers != 1:
+            return ProcessExecutor(workers)
     return PipelineExecutor(device, streaming or StreamingOptions())
+
+
+def make_executor(workers: int = 1) -> Executor:
+    """Return an executor on the CPU: ``workers`` processes, or with 1 some threads of this one.
+
+    Raises:
+        ConfigurationError: ``workers`` is below 1.
+    """
+    return executor_for(_CPU, workers)
 
 
 class _Run:

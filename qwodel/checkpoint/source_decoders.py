@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from qwodel.algorithms.fp8_decode import codes_to_float
 from qwodel.checkpoint.packed_fp4 import decode_mxfp4, decode_nvfp4, unswizzle_scales
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 
@@ -31,7 +32,7 @@ class PlainDecoder:
 
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
         stored = reader.get_rows(self.data, start, stop)
-        return stored if stored.dtype.itemsize > 1 else stored.float()
+        return stored if stored.dtype.itemsize > 1 else codes_to_float(stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class ScaledDecoder:
     block: tuple[int, ...]
 
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
-        codes = reader.get_rows(self.data, start, stop).float()
+        codes = codes_to_float(reader.get_rows(self.data, start, stop))
         return codes.mul_(self.spread(reader, start, stop, codes.shape))
 
     def spread(

@@ -6,7 +6,6 @@ needs the whole weight gets it as one piece.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConversionError, ValidationError
 
 __all__ = ["Write", "compute_tensor", "in_slabs", "plan_slabs", "threads"]
-
-_KEEP_ELEMENTS = 64 << 20  # a weight up to this size is read once, not once for each pass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,15 +54,11 @@ def plan_slabs(plan: TensorPlan) -> Iterator[tuple[int, int]]:
     elif plan.action is Action.QUANTIZE and plan.format:
         granularity = plan.format.granularity
         yield from row_slabs(shape, granularity.block_rows or 1)
-        if granularity == TENSOR and not _kept(plan):
+        if granularity == TENSOR and isinstance(plan.rounding, Nearest):
+            # A pass for the scale, one for the codes: a second read is cheaper than fresh memory.
             yield from row_slabs(shape)
     else:
         yield from row_slabs(shape)
-
-
-def _kept(plan: TensorPlan) -> bool:
-    """Whether slabs are kept from the pass that finds a whole tensor's scale to the one that rounds."""
-    return math.prod(plan.source.shape) <= _KEEP_ELEMENTS
 
 
 def compute_tensor(
@@ -120,10 +113,8 @@ def _nearest(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Ten
     codes, scale = _by_role(plan.outputs)
     shared = None
     if wanted.granularity == TENSOR:
-        kept: list[torch.Tensor] | None = [] if _kept(plan) else None
         count = sum(1 for _ in row_slabs(plan.source.shape))
-        shared = _tensor_scale(wanted, (next(pieces) for _ in range(count)), kept)
-        pieces = pieces if kept is None else _popped(kept)
+        shared = _tensor_scale(wanted, (next(pieces) for _ in range(count)))
     scales, place = [], 0
     for rows in pieces:
         done = quantize(rows, wanted.quant_type, wanted.granularity, shared)
@@ -133,27 +124,16 @@ def _nearest(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Ten
     yield Write(scale.name, shared if shared is not None else torch.cat(scales))
 
 
-def _tensor_scale(
-    wanted: StorageFormat, pieces: Iterator[torch.Tensor], kept: list[torch.Tensor] | None
-) -> torch.Tensor:
-    """The whole tensor's absmax scale; slabs also go into ``kept``."""
+def _tensor_scale(wanted: StorageFormat, pieces: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The whole tensor's absmax scale."""
     assert wanted.quant_type is not None
     scales = []
     for rows in pieces:
-        if kept is not None:
-            kept.append(rows)
         scale = absmax_scale(rows, wanted.quant_type, TENSOR)
         # A slab of zeros has the scale 1, which says nothing about the rest.
         if float(scale) != 1.0 or bool(rows.any()):
             scales.append(scale)
     return torch.stack(scales).amax() if scales else torch.ones(())
-
-
-def _popped(kept: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Hand slabs on one by one, letting each go."""
-    kept.reverse()
-    while kept:
-        yield kept.pop()
 
 
 def _round(

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 
+from qwodel.algorithms.fp8_decode import codes_to_float
 from qwodel.checkpoint.convert import Conversion
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.dequantize_sources import resolve_sources
@@ -171,7 +172,7 @@ class _Verifier:
         signal, noise, worst = 0.0, 0.0, 0.0
         for start, stop in row_slabs(plan.source.shape, multiple, _MEASURE_ELEMENTS):
             weight = weight_rows(self._source, plan, start, stop).float()
-            codes = self._output.get_rows(decoder.data, start, stop).float()
+            codes = codes_to_float(self._output.get_rows(decoder.data, start, stop))
             scale = decoder.spread(self._output, start, stop, codes.shape)
             error = (codes * scale).sub_(weight)
             signal += _square_sum(weight)

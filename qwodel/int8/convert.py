@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.executor import make_executor
-from qwodel.checkpoint.pipeline import executor_for
+from qwodel.checkpoint.pipeline import executor_for, make_executor
 from qwodel.checkpoint.plan import Plan, build_plan
 from qwodel.checkpoint.verify import LayerQuality, verify
 from qwodel.exceptions import ValidationError

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from qwodel.algorithms.quant_types import FP8_E4M3
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.executor import ProcessExecutor, make_executor
+from qwodel.checkpoint.executor import ProcessExecutor
+from qwodel.checkpoint.pipeline import make_executor
 from qwodel.checkpoint.plan import build_plan
 from qwodel.checkpoint.recipe import Recipe
 from qwodel.checkpoint.rounding import Nearest, Rounding, ScaleSearch

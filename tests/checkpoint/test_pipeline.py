@@ -19,7 +19,7 @@ import qwodel.checkpoint.tensor_work as tensor_work
 from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import Conversion, convert
-from qwodel.checkpoint.executor import Executor, ProcessExecutor, SerialExecutor
+from qwodel.checkpoint.executor import Executor, ProcessExecutor, SerialExecutor, ThreadExecutor
 from qwodel.checkpoint.pipeline import PipelineExecutor, executor_for
 from qwodel.checkpoint.plan import build_plan
 from qwodel.checkpoint.recipe import LoraSource, Recipe
@@ -71,10 +71,9 @@ def run(
 
 @pytest.fixture(params=["whole", "slabs"])
 def slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights in one slab, or in many that are read twice where a whole tensor shares a scale."""
+    """Weights in one slab, or in many."""
     if request.param == "slabs":
         monkeypatch.setattr(tensor_compute, "row_slabs", lambda *a: row_slabs(*a, elements=500))
-        monkeypatch.setattr(tensor_compute, "_KEEP_ELEMENTS", 1000)
         monkeypatch.setattr(tensor_work, "_COPY_BYTES", 700)
 
 
@@ -264,9 +263,48 @@ def test_cancelling_stops_the_threads(tmp_path: Path) -> None:
 
 
 def test_which_executor_serves_a_device() -> None:
-    assert executor_for(CPU, 1) == SerialExecutor()
+    assert executor_for(CPU, 1) == PipelineExecutor(CPU)
     assert executor_for(CPU, 2) == ProcessExecutor(2)
-    assert isinstance(executor_for(torch.device("cuda"), 1), PipelineExecutor)
+    cuda = torch.device("cuda")
+    assert executor_for(cuda, 2, StreamingOptions("off")) == PipelineExecutor(cuda, StreamingOptions("off"))
+    with pytest.raises(ConfigurationError, match="workers"):
+        executor_for(CPU, 0)
+
+
+class Plain:
+    """A worker without stages."""
+
+    def __init__(self, bad: str = "") -> None:
+        self.bad, self.threads = bad, set[int]()
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, task: str) -> str:
+        assert torch.get_num_threads() == 1
+        self.threads.add(threading.get_ident())
+        if task == self.bad:
+            raise ValidationError("bad task", hint="another")
+        return task.upper()
+
+
+def test_workers_without_stages_run_in_threads() -> None:
+    worker, before = Plain(), torch.get_num_threads()
+    names = [f"task{n}" for n in range(50)]
+    found = list(PipelineExecutor(CPU).run(lambda: worker, names))  # type: ignore[type-var]
+    assert sorted(found) == sorted(name.upper() for name in names)
+    assert threading.get_ident() not in worker.threads
+    assert torch.get_num_threads() == before
+
+
+def test_a_failing_thread_ends_the_others() -> None:
+    with pytest.raises(ValidationError, match="bad task") as caught:
+        list(ThreadExecutor(3).run(lambda: Plain("7"), [f"{n}" for n in range(1000)]))  # type: ignore[type-var]
+    assert caught.value.hint == "another"
+    assert not [each for each in threading.enumerate() if each.name.startswith("qwodel-")]
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
