@@ -12,7 +12,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from itertools import islice
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -74,7 +76,7 @@ class ThreadExecutor:
         """See :class:`Executor`."""
         stopped = threading.Event()
         waiting = iter(list(tasks))
-        done: queue.SimpleQueue[tuple[ResultT | None, BaseException | None]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[Callable[[], ResultT] | None] = queue.SimpleQueue()
         lock = threading.Lock()
 
         def work() -> None:
@@ -83,13 +85,13 @@ class ThreadExecutor:
                 with factory() as worker:
                     while not stopped.is_set():
                         with lock:
-                            task = next(waiting, None)
-                        if task is None:
+                            tasks_left = list(islice(waiting, 1))
+                        if not tasks_left:
                             break
-                        done.put((worker(task), None))
-                done.put((None, None))
+                        done.put(partial(_same, worker(tasks_left[0])))
+                done.put(None)
             except BaseException as error:
-                done.put((None, error))
+                done.put(partial(_throw, error))
 
         before = torch.get_num_threads()
         threads = [threading.Thread(target=work, name="qwodel-work") for _ in range(self.threads)]
@@ -98,18 +100,24 @@ class ThreadExecutor:
         running = len(threads)
         try:
             while running:
-                result, error = done.get()
-                if error is not None:
-                    raise error
-                if result is None:
+                outcome = done.get()
+                if outcome is None:
                     running -= 1
                 else:
-                    yield result
+                    yield outcome()
         finally:
             stopped.set()
             for thread in threads:
                 thread.join()
             torch.set_num_threads(before)
+
+
+def _same(result: ResultT) -> ResultT:
+    return result
+
+
+def _throw(error: BaseException) -> NoReturn:
+    raise error
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -15,14 +16,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import qwodel.checkpoint.tensor_compute as tensor_compute
+import qwodel.checkpoint.tensor_work as tensor_work
+import qwodel.checkpoint.verify as verify_module
 from qwodel.algorithms.quant_types import FP8_E4M3
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.executor import ProcessExecutor
 from qwodel.checkpoint.pipeline import make_executor
 from qwodel.checkpoint.plan import build_plan
-from qwodel.checkpoint.recipe import Recipe
+from qwodel.checkpoint.recipe import LayerOverride, Recipe
 from qwodel.checkpoint.rounding import Nearest, Rounding, ScaleSearch
+from qwodel.checkpoint.slabs import row_slabs
 from qwodel.checkpoint.storage_format import STORAGE_FORMATS, storage_format
 from qwodel.checkpoint.transformers_layout import TransformersLayout
 from qwodel.checkpoint.verify import verify
@@ -321,3 +326,47 @@ def test_step_of_fp8_is_what_the_bound_assumes() -> None:
     power = (codes.view(torch.int32) & 0x7F800000).view(torch.float32)
     step = (power * 2.0**-FP8_E4M3.mantissa_bits).clamp(min=FP8_E4M3.smallest_step)
     assert torch.equal(codes[1:] - codes[:-1], step[:-1])
+
+
+@pytest.mark.parametrize("name", ["int8_row", "fp8_e4m3", "int8_block", "fp16"])
+def test_empty_and_scalar_tensors_come_through(tmp_path: Path, name: str) -> None:
+    """Also where a rule names them."""
+    weights = {
+        "blocks.0.proj.weight": torch.randn(8, 8),
+        "blocks.0.rows.weight": torch.empty(0, 8),
+        "blocks.0.cols.weight": torch.empty(8, 0),
+        "blocks.0.none": torch.empty(0),
+        "blocks.0.gain.weight": torch.tensor(0.5),
+        "steps": torch.tensor(7),
+    }
+    save_file(weights, tmp_path / "in.safetensors")
+    rule = LayerOverride("blocks", storage_format(name))
+    conversion, quality = run(
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", format=name, custom_layers=rule
+    )
+    out = load_file(tmp_path / "out.safetensors")
+    assert list(quality) == ([] if name == "fp16" else ["blocks.0.proj.weight"])
+    for key, weight in weights.items():
+        assert out[key].shape == weight.shape
+        if key not in quality:
+            assert torch.equal(out[key].double(), weight.to(out[key].dtype).double())
+    reasons = {each.name: each.reason for each in conversion.plan.tensors}
+    if name != "fp16":
+        assert reasons["blocks.0.rows.weight"] == reasons["blocks.0.cols.weight"] == "empty"
+        assert "not a matrix" in reasons["blocks.0.gain.weight"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_slabs_decode_and_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A weight of dozens of slabs has the bytes it has in one."""
+    source = tmp_path / "in.safetensors"
+    save_file(random_weights({"blocks.0.proj.weight": (517, 70), "blocks.0.bias": (999,)}), source)
+    size = 16 if storage_format(name).granularity.is_block else None
+    run(source, tmp_path / "whole.safetensors", format=name, block_size=size)
+    small = functools.partial(row_slabs, elements=1200)
+    for module in (tensor_compute, verify_module):
+        monkeypatch.setattr(module, "row_slabs", lambda shape, multiple=1, _=0: small(shape, multiple))
+    monkeypatch.setattr(tensor_work, "_COPY_BYTES", 100)
+    _, quality = run(source, tmp_path / "slabs.safetensors", format=name, block_size=size)
+    assert list(quality) == ["blocks.0.proj.weight"]
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "slabs.safetensors").read_bytes()
