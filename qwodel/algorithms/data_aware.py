@@ -18,7 +18,14 @@ from qwodel.algorithms.scale_choice import check_gram
 from qwodel.algorithms.scales import Quantized, quantize, search_scale
 from qwodel.algorithms.weight_rounding import round_weight
 
-__all__ = ["DataAware", "RoundedWeight", "RoundingReport", "round_together", "round_without_data"]
+__all__ = [
+    "DataAware",
+    "RoundedWeight",
+    "RoundingReport",
+    "round_together",
+    "round_without_data",
+    "searches_scale",
+]
 
 Method = Literal["gptq", "quip", "learned"]
 
@@ -123,9 +130,18 @@ def round_together(
 
 def round_without_data(weight: torch.Tensor, quant_type: QuantType, granularity: Granularity) -> Quantized:
     """The best without data: searched scales for FP8 rows and blocks, absmax scales elsewhere."""
-    searched = quant_type.is_float and granularity != TENSOR
+    searched = searches_scale(quant_type, granularity)
     scale = search_scale(weight, quant_type, granularity) if searched else None
     return quantize(weight, quant_type, granularity, scale)
+
+
+def searches_scale(quant_type: QuantType, granularity: Granularity) -> bool:
+    """Whether a search of scales helps where nothing is known of the inputs.
+
+    A smaller INT8 or whole-tensor scale lowers the weights' error, but clips the outliers that
+    outputs depend on.
+    """
+    return quant_type.is_float and granularity != TENSOR
 
 
 def _too_little(statistics: InputStatistics | None, columns: int, options: DataAware) -> str | None:

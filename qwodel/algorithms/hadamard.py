@@ -114,7 +114,7 @@ class Rotation:
 
     Attributes:
         signs: ``[size]`` of ±1, fp32.
-        factor: O, ``[odd, odd]``, fp32.
+        factor: O, ``[odd, odd]``, fp64.
     """
 
     signs: torch.Tensor
@@ -155,7 +155,7 @@ class Rotation:
 
 
 def orthogonal_factor(size: int) -> torch.Tensor:
-    """An orthogonal matrix of any size that mixes all coordinates about evenly, ``[size, size]``.
+    """An orthogonal matrix of any size that mixes all coordinates about evenly, fp64 ``[size, size]``.
 
     The real discrete Hartley transform, cas(2πjk/n)/√n: symmetric, its own inverse, and no entry
     above √(2/n).
@@ -163,4 +163,4 @@ def orthogonal_factor(size: int) -> torch.Tensor:
     index = torch.arange(size, dtype=torch.float64)
     # The product is reduced first: cosines of large arguments lose digits.
     angle = 2 * math.pi / size * torch.remainder(index[:, None] * index, size)
-    return ((angle.cos() + angle.sin()) / math.sqrt(size)).float()
+    return (angle.cos() + angle.sin()) / math.sqrt(size)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qwodel.algorithms.gptq import GptqOptions, gptq
+from qwodel.algorithms.gptq import BlockSolver, GptqOptions, gptq
 from qwodel.algorithms.hadamard import Rotation
 from qwodel.algorithms.quant_types import ROW, QuantType
 from qwodel.algorithms.scales import Quantized
@@ -89,6 +89,8 @@ def quip_transformed(
     gram: torch.Tensor | None,
     options: QuipOptions,
     activation_max: torch.Tensor | None = None,
+    *,
+    inner: BlockSolver | None = None,
 ) -> tuple[Quantized, QuipTransform]:
     """Round in the rotated basis, one scale a row of W'.
 
@@ -97,6 +99,7 @@ def quip_transformed(
         gram: ``[N, N]`` XᵀX of real inputs; ``None`` takes ``activation_max`` squared as its
             diagonal, or else the identity, for which LDLQ rounds to nearest.
         activation_max: ``[N]`` greatest absolute inputs; smooths before the rotation.
+        inner: rounds one block of columns.
 
     Returns:
         codes and scales of W', and the transform that restores W.
@@ -121,7 +124,7 @@ def quip_transformed(
         smoothing,
     )
     metric = transform.gram(input_metric(weight, gram, activation_max))
-    solved = gptq(transform.apply(weight.double()), quant_type, ROW, metric, options.solver)
+    solved = gptq(transform.apply(weight.double()), quant_type, ROW, metric, options.solver, solver=inner)
     return solved.quantized, transform
 
 
@@ -129,6 +132,7 @@ def input_metric(
     weight: torch.Tensor, gram: torch.Tensor | None, activation_max: torch.Tensor | None
 ) -> torch.Tensor:
     """What is known of the inputs as a Gram matrix: ``gram``, else diag(maxima²), else the identity."""
+    check_matrix(weight)
     if gram is not None:
         return gram
     if activation_max is not None:

@@ -91,6 +91,11 @@ class ComfyUILayout:
         found = self._format(wanted)
         if found is None:
             return ReaderSupport(True, "ComfyUI")
+        if self.legacy and wanted.convrot:
+            raise ConfigurationError(
+                "legacy files cannot say that columns are rotated",
+                hint="drop the legacy layout, or use int8_row",
+            )
         if self.legacy and wanted.quant_type != FP8_E4M3:
             return ReaderSupport(False, "ComfyUI", "legacy scaled files are read as FP8 E4M3 only")
         if self.legacy and wanted.granularity != TENSOR:
@@ -127,6 +132,8 @@ class ComfyUILayout:
             description["group_size"] = wanted.granularity.block_cols
         if wanted.quant_type == INT8 and wanted.granularity == ROW:
             description["per_row"] = True
+        if size := wanted.convrot_size(source.shape[1]):
+            description |= {"convrot": True, "convrot_groupsize": size}
         description["orig_dtype"] = str(TORCH_DTYPES[source.dtype])
         if self.full_precision_matrix_mult:
             description["full_precision_matrix_mult"] = True

@@ -143,6 +143,7 @@ class Decider:
         self, source: SourceTensor, wanted: StorageFormat, rounding: Rounding | None, reason: str
     ) -> Decision:
         if wanted.quantizes:
+            wanted = wanted.fitting(source.shape[1])
             rounding = rounding or default_rounding(wanted.quant_type, wanted.granularity)
             return Decision(Action.QUANTIZE, reason, wanted, rounding)
         if source.decoder is None and source.dtype == wanted.cast_to:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from qwodel.algorithms.fp8_decode import codes_to_float
+from qwodel.algorithms.hadamard import convrot_weight
 from qwodel.checkpoint.packed_fp4 import decode_mxfp4, decode_nvfp4, unswizzle_scales
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 
@@ -72,6 +73,23 @@ class ScaledDecoder:
         window = [slice(None, n) for n in shape]
         window[0] = slice(skip, skip + shape[0])
         return scale[tuple(window)]
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedDecoder:
+    """ConvRot weights: scaled codes whose columns are rotated in groups.
+
+    Attributes:
+        rotated: decodes the rotated weight.
+        size: columns of a group.
+    """
+
+    rotated: ScaledDecoder
+    size: int
+
+    def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
+        rows = self.rotated.rows(reader, start, stop)
+        return convrot_weight(rows, self.size).to(rows.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,18 +12,20 @@ from dataclasses import dataclass
 
 import torch
 
+from qwodel.algorithms.data_aware import RoundingReport
+from qwodel.algorithms.hadamard import convrot_weight
 from qwodel.algorithms.quant_types import TENSOR
-from qwodel.algorithms.scales import Quantized, absmax_scale, quantize
+from qwodel.algorithms.scales import absmax_scale, quantize
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.dtypes import torch_dtype
 from qwodel.checkpoint.layout import OutputTensor, Role
 from qwodel.checkpoint.plan import TensorPlan
-from qwodel.checkpoint.rounding import Nearest
+from qwodel.checkpoint.rounding import Nearest, Rounded
 from qwodel.checkpoint.slabs import row_slabs
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConversionError, ValidationError
 
-__all__ = ["Write", "compute_tensor", "in_slabs", "plan_slabs", "threads"]
+__all__ = ["Measured", "Write", "compute_tensor", "in_slabs", "plan_slabs", "threads"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +39,19 @@ class Write:
     @property
     def nbytes(self) -> int:
         return len(self.data) if isinstance(self.data, bytes) else self.data.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a rounding method knows of its codes.
+
+    Attributes:
+        squared_error: ‖W−Ŵ‖².
+        report: how a data-aware method found them.
+    """
+
+    squared_error: float
+    report: RoundingReport | None = None
 
 
 def in_slabs(plan: TensorPlan) -> bool:
@@ -63,8 +78,8 @@ def plan_slabs(plan: TensorPlan) -> Iterator[tuple[int, int]]:
 
 def compute_tensor(
     plan: TensorPlan, pieces: Iterator[torch.Tensor], device: torch.device
-) -> Generator[Write, None, float | None]:
-    """Turn the tensor's pieces into writes, on ``device``; return ‖W−Ŵ‖² of codes that are not plainly the nearest."""
+) -> Generator[Write, None, Measured | None]:
+    """Turn the tensor's pieces into writes, on ``device``; return what is known of codes that are not plainly the nearest."""
     for tensor in plan.outputs:
         if tensor.payload is not None:
             yield Write(tensor.name, tensor.payload)
@@ -73,11 +88,11 @@ def compute_tensor(
     elif plan.action is Action.CAST and plan.format:
         yield from _in_place(plan.outputs[0].name, _cast(plan, plan.format, _on(device, pieces)))
     elif plan.action is Action.QUANTIZE and plan.format and isinstance(plan.rounding, Nearest):
-        yield from _nearest(plan, plan.format, _on(device, pieces))
+        yield from _nearest(plan, plan.format, _rotated(plan, _on(device, pieces)))
     elif plan.action is Action.QUANTIZE and plan.format and plan.rounding:
         # Sums in these methods depend on the number of threads, and results must not.
         with threads(1):
-            return (yield from _round(plan, plan.format, _on(device, pieces)))
+            return (yield from _round(plan, plan.format, _rotated(plan, _on(device, pieces))))
     else:
         raise ConversionError(f"nothing says how to {plan.action} it")
     return None
@@ -86,6 +101,17 @@ def compute_tensor(
 def _on(device: torch.device, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     for piece in pieces:
         yield piece.to(device, non_blocking=True)
+
+
+def _rotated(plan: TensorPlan, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Pieces in the basis in which they are rounded."""
+    size = _convrot(plan)
+    for piece in pieces:
+        yield piece if size is None else convrot_weight(piece, size)
+
+
+def _convrot(plan: TensorPlan) -> int | None:
+    return plan.format.convrot_size(plan.source.shape[1]) if plan.format else None
 
 
 def _in_place(target: str, pieces: Iterator[torch.Tensor]) -> Iterator[Write]:
@@ -138,30 +164,33 @@ def _tensor_scale(wanted: StorageFormat, pieces: Iterator[torch.Tensor]) -> torc
 
 def _round(
     plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Tensor]
-) -> Generator[Write, None, float]:
+) -> Generator[Write, None, Measured]:
     codes, scale = _by_role(plan.outputs)
-    scales, place, error = [], 0, 0.0
+    scales, place, error, report = [], 0, 0.0, None
     for rows in pieces:
-        done = _round_rows(plan, wanted, rows)
+        rounded = _round_rows(plan, wanted, rows)
+        done, report = rounded.codes, rounded.report
         error += float((rows.float() - done.dequantize()).double().square().sum())
         scales.append(done.scale)
         yield Write(codes.name, done.codes, place)
         place += done.codes.nbytes
     yield Write(scale.name, scales[0] if len(scales) == 1 else torch.cat(scales))
-    return error
+    return Measured(error, report)
 
 
-def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> Quantized:
+def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> Rounded:
     assert wanted.quant_type is not None
     assert plan.rounding is not None
-    done = plan.rounding.round(
-        rows, wanted.quant_type, wanted.granularity, layer=plan.name.removesuffix(".weight")
+    layer = plan.name.removesuffix(".weight")
+    rounded = plan.rounding.round(
+        rows, wanted.quant_type, wanted.granularity, layer=layer, convrot=_convrot(plan)
     )
+    done = rounded.codes
     if done.quant_type != wanted.quant_type or done.granularity != wanted.granularity:
         raise ConversionError(
             f"{plan.rounding.name} returned {done.quant_type} with {done.granularity} scales"
         )
-    return done
+    return rounded
 
 
 def _by_role(outputs: Sequence[OutputTensor]) -> tuple[OutputTensor, OutputTensor]:

@@ -19,7 +19,7 @@ import torch
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.plan import TensorPlan
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.tensor_compute import Write, compute_tensor, in_slabs, plan_slabs, threads
+from qwodel.checkpoint.tensor_compute import Measured, Write, compute_tensor, in_slabs, plan_slabs, threads
 from qwodel.checkpoint.writer import FilePlan, PlannedWriter
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
 
@@ -36,13 +36,13 @@ class TensorResult:
     Attributes:
         name: the tensor.
         source_bytes: bytes of the source it stands for, for progress.
-        squared_error: ‖W−Ŵ‖² of codes chosen otherwise than to the nearest; ``None`` elsewhere.
+        measured: of codes chosen otherwise than to the nearest; ``None`` elsewhere.
         fell_back: it was worked on again on the CPU, as the device's memory ran out.
     """
 
     name: str
     source_bytes: int
-    squared_error: float | None = None
+    measured: Measured | None = None
     fell_back: bool = False
 
 
@@ -118,9 +118,9 @@ class TensorWorker:
             torch.OutOfMemoryError: the device's memory ran out; nothing that was yielded is wrong.
         """
         with _naming(plan):
-            error = yield from compute_tensor(plan, pieces, device)
+            measured = yield from compute_tensor(plan, pieces, device)
         size = sum(self._reader.entry(part).nbytes for part in plan.source.stored)
-        return TensorResult(plan.name, size, error)
+        return TensorResult(plan.name, size, measured)
 
     def write(self, item: Write) -> None:
         """Carry out one write; what lies on a device is fetched first."""

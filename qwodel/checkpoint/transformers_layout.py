@@ -66,6 +66,11 @@ class TransformersLayout:
                 "compressed-tensors has no FP8 E5M2, so no model directory can be written in it",
                 hint="use fp8_e4m3, or the comfyui layout",
             )
+        if wanted.convrot:
+            raise ConfigurationError(
+                "compressed-tensors readers do not rotate activations as ConvRot weights need",
+                hint="use layout='comfyui', or the format int8_row",
+            )
         granularity = wanted.granularity
         if wanted.quant_type == INT8 and granularity.is_block:
             return ReaderSupport(

@@ -26,8 +26,14 @@ _DEFAULT_STREAMING = "balanced"
 _AGGRESSIVENESS = {"conservative": "minimal", "balanced": "balanced", "aggressive": "aggressive"}
 """STREAMING_AGGRESSIVENESS in the environment → the mode that stands for the default one."""
 _NEUTRAL_ENVIRONMENT = {
-    "ENABLE_MIXED_HADAMARD": ("auto", "no method of this release computes a Hadamard transform"),
-    "MIXED_HADAMARD_DTYPE": ("bfloat16", "no method of this release computes a Hadamard transform"),
+    "ENABLE_MIXED_HADAMARD": (
+        "auto",
+        "Hadamard transforms are computed in fp64 here: one that is rounded cannot be undone",
+    ),
+    "MIXED_HADAMARD_DTYPE": (
+        "bfloat16",
+        "Hadamard transforms are computed in fp64 here: one that is rounded cannot be undone",
+    ),
 }
 _SCALING_MODES = ("tensor", "row", "block")
 _LEARNING = {"optimizer": "original", "num_iter": 1000, "lr": 0.008, "top_p": 0.2, "min_k": 64, "max_k": 1024}

@@ -253,7 +253,7 @@ class Breaks:
     def rows_apart(self, granularity: object) -> bool:
         return False
 
-    def round(self, *_: Any, layer: str) -> Any:
+    def round(self, *_: Any, layer: str, convrot: int | None = None) -> Any:
         os._exit(9)
 
 
