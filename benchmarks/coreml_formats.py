@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 
 from qwodel import Quantizer
-from qwodel.backends.gguf.toolchain import cache_dir
+from qwodel.cache import cache_dir
 from qwodel.demo import demo_model
 
 _FORMATS = ("float16", "int8_linear", "int8_symmetric", "int6", "int4")

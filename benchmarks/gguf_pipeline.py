@@ -29,7 +29,8 @@ import psutil
 
 from qwodel.backends.gguf.formats import file_type
 from qwodel.backends.gguf.steps import intermediate_type
-from qwodel.backends.gguf.toolchain import cache_dir, converter
+from qwodel.backends.gguf.toolchain import converter
+from qwodel.cache import cache_dir
 from qwodel.demo import demo_model
 from qwodel.source import inspect_source
 

@@ -28,7 +28,7 @@ from qwodel.algorithms.grid import round_to_grid
 from qwodel.algorithms.objectives import GramObjective, ProjectedObjective, top_singular_vectors
 from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW, TENSOR, Granularity, QuantType
 from qwodel.algorithms.scales import quantize
-from qwodel.backends.gguf.toolchain import cache_dir
+from qwodel.cache import cache_dir
 from qwodel.demo import demo_model
 from qwodel.evaluation.quality import QualityReporter
 from qwodel.fp8 import LearnedRoundingConverter as Fp8Converter

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwodel.backends.gguf.toolchain import cache_dir, converter
+from qwodel.backends.gguf.toolchain import converter
+from qwodel.cache import cache_dir
 from qwodel.demo import demo_model
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwodel.backends.gguf.toolchain import cache_dir
+from qwodel.cache import cache_dir
 
 __all__ = ["pypi_model"]
 

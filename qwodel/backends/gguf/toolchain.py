@@ -24,9 +24,10 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qwodel.cache import cache_dir
 from qwodel.exceptions import DependencyError, ValidationError, did_you_mean
 
-__all__ = ["Converter", "cache_dir", "converter", "installed_converter", "lay_converter", "lock"]
+__all__ = ["Converter", "converter", "installed_converter", "lay_converter", "lock"]
 
 _SCRIPT = "convert_hf_to_gguf.py"
 _CHECKOUT = Path(__file__).parents[3] / "vendor" / "llama.cpp"
@@ -125,14 +126,6 @@ def converter() -> Converter:
 def _home() -> Path:
     """Return where the converter is laid: the checkout's vendor folder, else the cache."""
     return _CHECKOUT if (_CHECKOUT / "lock.json").is_file() else _cached_root()
-
-
-def cache_dir() -> Path:
-    """Return qwodel's cache: ``QWODEL_CACHE``, else ``qwodel`` under ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    given = os.environ.get("QWODEL_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qwodel"
 
 
 def _cached_root() -> Path:

@@ -1,0 +1,1 @@
+"""What must know a network's shape: running a model block by block, and what its layers see."""
