@@ -14,8 +14,9 @@ from qwodel.output import require_space
 from qwodel.source import ModelSource
 
 if TYPE_CHECKING:
-    from qwodel.backends.coreml.build import Built
+    from qwodel.backends.coreml.mil.program import Program
     from qwodel.backends.coreml.models import Kind
+    from qwodel.backends.coreml.weights import Weight
 
 __all__ = ["CoreMLQuantizer"]
 
@@ -71,7 +72,10 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
 
     def run(self, job: Job[CoreMLOptions]) -> None:
         from qwodel.backends.coreml.build import build
-        from qwodel.backends.coreml.package import copy_side_files
+        from qwodel.backends.coreml.mil.program import Program
+        from qwodel.backends.coreml.package import copy_side_files, write_package
+        from qwodel.backends.coreml.verify import verify
+        from qwodel.backends.coreml.weights import unplaced, weights_of
 
         recipe = resolve(job.format.name, job.options)
         # At its largest: the float16 program twice, once of it coremltools' own copy, and the result.
@@ -79,66 +83,57 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
             job.output.scratch, int(job.source.weight_bytes * 2.5), f"making {job.output.final.name}"
         )
         built = build(job, _kind(job.source), recipe)
+        job.progress.update(0.98, 1, "looking at the weights")
+        original = Program(built.package)
+        whole = "the format is float16" if recipe.kind == "float" else None
+        weights = weights_of(original, built.source, job.options, kept=whole)
         job.output.path.mkdir()
-        self._compress(job, recipe, built)
-        side_files = copy_side_files(job.source, job.output.path)
+        package = job.output.path / f"{job.source.name}.mlpackage"
+        write_package(self._compressed(job, recipe, original, weights), package, job, recipe, built)
         job.report |= {
-            "package": f"{job.source.name}.mlpackage",
+            "package": package.name,
             "recipe_resolved": recipe.describe(),
             "deployment_target": recipe.target,
             "compute_units": job.options.compute_units,
             "tokens": built.dimensions.longest or None,
             "parameters": built.parameters,
-            "side_files": side_files,
+            "side_files": copy_side_files(job.source, job.output.path),
+            "unplaced": unplaced(weights, built.source),
         }
+        verify(job, recipe, built, original, weights, package, self.log)
 
-    def _compress(self, job: Job[CoreMLOptions], recipe: Recipe, built: Built) -> None:
+    def _compressed(
+        self, job: Job[CoreMLOptions], recipe: Recipe, original: Program, weights: list[Weight]
+    ) -> Any:
+        """Return coremltools' model with its weights as the recipe has them."""
         from qwodel.backends.coreml.compress import compress, expected_seconds
-        from qwodel.backends.coreml.mil.program import Program
-        from qwodel.backends.coreml.package import describe, port_descriptions
-        from qwodel.backends.coreml.toolchain import quiet_coremltools, record_log
-        from qwodel.backends.coreml.verify import verify
-        from qwodel.backends.coreml.weights import unplaced, weights_of
+        from qwodel.backends.coreml.toolchain import load_package
 
-        job.progress.update(0.98, 1, "looking at the weights")
-        original = Program(built.package)
-        whole = "the format is float16" if recipe.kind == "float" else None
-        weights = weights_of(original, built.source, job.options, kept=whole)
-        job.report["unplaced"] = unplaced(weights, built.source)
-        workers = job.options.workers or os.cpu_count() or 1
-        chosen = [weight for weight in weights if weight.kept is None]
         if recipe.kind == "float":
             job.progress.stage("quantize", "writing the package")
-            with record_log():
-                model = quiet_coremltools().models.MLModel(str(built.package), skip_model_load=True)
-        else:
-            if not chosen:
-                raise ValidationError(
-                    f"{job.source.name} has no weight that {recipe.format} would compress",
-                    hint=f"none of its matrices has more than weight_threshold={job.options.weight_threshold} "
-                    "elements; lower it, or take float16",
-                )
-            seconds = expected_seconds(original, weights, recipe, workers)
-            about = f", about {max(1, round(seconds))} s of k-means" if seconds else ""
-            job.report["expected_kmeans_seconds"] = round(seconds, 1) if seconds else None
-            self.log.info("%d weights to %s%s", len(chosen), recipe.describe(), about)
-            job.progress.stage("quantize", f"{len(chosen)} weights to {recipe.describe()}{about}")
+            return load_package(original.package)
+        count = sum(weight.kept is None for weight in weights)
+        if not count:
+            raise ValidationError(
+                f"{job.source.name} has no weight that {recipe.format} would compress",
+                hint=f"none of its matrices has more than weight_threshold={job.options.weight_threshold} "
+                "elements; lower it, or take float16",
+            )
+        workers = job.options.workers or os.cpu_count() or 1
+        seconds = expected_seconds(original, weights, recipe, workers)
+        about = f", about {max(1, round(seconds))} s of k-means" if seconds else ""
+        job.report["expected_kmeans_seconds"] = round(seconds, 1) if seconds else None
+        self.log.info("%d weights to %s%s", count, recipe.describe(), about)
+        job.progress.stage("quantize", f"{count} weights to {recipe.describe()}{about}")
 
-            def on_bar(what: str, done: int, total: int) -> None:
-                start, end = (0.0, 0.85) if "compression" in what else (0.85, 0.97)
-                message = what.removeprefix("Running ").removeprefix("MIL ").strip()
-                job.progress.update(
-                    start + (end - start) * done / max(total, 1), 1, f"{message} ({done}/{total})"
-                )
+        def on_bar(what: str, done: int, total: int) -> None:
+            start, end = (0.0, 0.85) if "compression" in what else (0.85, 0.97)
+            message = what.removeprefix("Running ").removeprefix("MIL ").strip()
+            job.progress.update(
+                start + (end - start) * done / max(total, 1), 1, f"{message} ({done}/{total})"
+            )
 
-            model = compress(built.package, weights, recipe, workers, on_bar)
-        ports = port_descriptions(built.inputs, built.outputs)
-        describe(model, job.source, recipe, built.dimensions, job.options, ports)
-        package = job.output.path / f"{job.source.name}.mlpackage"
-        with record_log():
-            model.save(str(package))
-        del model
-        verify(job, recipe, built, original, weights, package, self.log)
+        return compress(original, weights, recipe, workers, on_bar)
 
 
 def _kind(source: ModelSource) -> Kind:

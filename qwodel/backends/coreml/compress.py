@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from qwodel.backends.coreml.formats import Recipe
 from qwodel.backends.coreml.mil.program import Program
 from qwodel.backends.coreml.toolchain import (
     BarCallback,
+    load_package,
     memory_errors,
-    quiet_coremltools,
     record_log,
     report_bars,
 )
@@ -134,7 +133,7 @@ def expected_seconds(program: Program, weights: Sequence[Weight], recipe: Recipe
 
 
 def compress(
-    package: Path, weights: Sequence[Weight], recipe: Recipe, workers: int, on_progress: BarCallback
+    original: Program, weights: Sequence[Weight], recipe: Recipe, workers: int, on_progress: BarCallback
 ) -> Any:
     """Return coremltools' model with the weights that are not kept compressed.
 
@@ -142,16 +141,15 @@ def compress(
         ConversionError: coremltools fails; its error is chained.
         ResourceError: memory ran out.
     """
-    ct = quiet_coremltools()
+    model = load_package(original.package)  # imports coremltools quietly
     from coremltools.models.utils import _apply_graph_pass
     from coremltools.optimize.coreml import OptimizationConfig
 
     with record_log() as log, report_bars(on_progress), ThreadPoolExecutor(workers) as pool:
-        model = ct.models.MLModel(str(package), skip_model_load=True)
-        config, program = OptimizationConfig(), Program(package)
+        config = OptimizationConfig()
         for weight in weights:
             if weight.kept is None:
-                config.set_op_name(program.operation_name(weight.name), _op_config(recipe))
+                config.set_op_name(original.operation_name(weight.name), _op_config(recipe))
         try:
             with memory_errors("weights were compressed"):
                 return _apply_graph_pass(model, _graph_pass(config, recipe, pool))

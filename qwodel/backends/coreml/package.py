@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwodel import __version__
-from qwodel.backends.coreml.dimensions import Dimensions
+from qwodel.backends.base import Job
+from qwodel.backends.coreml.build import Built
 from qwodel.backends.coreml.formats import Recipe
 from qwodel.backends.coreml.options import CoreMLOptions
-from qwodel.backends.coreml.wrappers import Input, Output
+from qwodel.backends.coreml.toolchain import record_log
 from qwodel.checkpoint.model_directory import ModelDirectory
 from qwodel.source import ModelSource
 
-__all__ = ["copy_side_files", "describe", "licence_of"]
+__all__ = ["copy_side_files", "licence_of", "write_package"]
 
 
-def describe(
-    model: Any,
-    source: ModelSource,
-    recipe: Recipe,
-    dimensions: Dimensions,
-    options: CoreMLOptions,
-    ports: tuple[Mapping[str, str], Mapping[str, str]],
-) -> None:
-    """Write descriptions, licence and recipe into coremltools' ``model``; the author is the user's to name.
+def write_package(model: Any, package: Path, job: Job[CoreMLOptions], recipe: Recipe, built: Built) -> None:
+    """Describe coremltools' ``model`` and save it as ``package``.
 
-    Args:
-        model: changed.
-        source: what it is made from.
-        recipe: how its weights are stored.
-        dimensions: sizes it takes.
-        options: of the run.
-        ports: descriptions of inputs and of outputs, by name.
+    Descriptions of inputs and outputs, licence, source and recipe go in; the author is the user's to name.
     """
-    inputs, outputs = ports
+    _describe(model, job.source, recipe, built, job.options)
+    with record_log():
+        model.save(str(package))
+
+
+def _describe(model: Any, source: ModelSource, recipe: Recipe, built: Built, options: CoreMLOptions) -> None:
+    inputs = {each.name: each.description for each in built.inputs}
+    outputs = {each.name: each.description for each in built.outputs}
     model.short_description = (
         f"{source.name} ({source.architecture or 'traced program'}), {recipe.describe()}"
     )
@@ -57,19 +51,12 @@ def describe(
         "qwodel.format": recipe.format,
         "qwodel.recipe": recipe.describe(),
         "qwodel.compute_units": options.compute_units,
-        "qwodel.max_tokens": str(dimensions.longest or ""),
+        "qwodel.max_tokens": str(built.dimensions.longest or ""),
         "qwodel.stateful": "true" if options.stateful else "",
     }
     for key, value in facts.items():
         if value:
             model.user_defined_metadata[key] = value
-
-
-def port_descriptions(
-    inputs: tuple[Input, ...], outputs: tuple[Output, ...]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Descriptions of inputs and outputs by name."""
-    return {each.name: each.description for each in inputs}, {each.name: each.description for each in outputs}
 
 
 def licence_of(path: Path) -> str | None:

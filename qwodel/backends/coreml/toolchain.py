@@ -8,12 +8,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from qwodel.exceptions import ResourceError
 
 __all__ = [
     "BarCallback",
+    "load_package",
     "memory_errors",
     "quiet_coremltools",
     "quiet_transformers",
@@ -38,6 +40,13 @@ def quiet_coremltools() -> Any:
     """Import coremltools without what it says about missing Apple libraries and untested versions."""
     with record_log():
         return import_module("coremltools")
+
+
+def load_package(package: Path) -> Any:
+    """Return coremltools' model of a package, without Apple's runtime."""
+    coremltools = quiet_coremltools()
+    with record_log():
+        return coremltools.models.MLModel(str(package), skip_model_load=True)
 
 
 @contextlib.contextmanager
