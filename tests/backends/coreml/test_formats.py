@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -168,3 +170,13 @@ def test_options_are_validated_through_the_facade(tmp_path: Any) -> None:
     ):
         with pytest.raises(ConfigurationError, match=message):
             Quantizer("coreml", tmp_path, **given)
+
+
+def test_listing_formats_and_options_imports_no_framework() -> None:
+    program = (
+        "import sys; from qwodel import Quantizer; from qwodel.backends import load_backend\n"
+        "Quantizer.list_formats('coreml'); load_backend('coreml').parse_options({'seq_length': 8})\n"
+        "print({'torch', 'transformers', 'coremltools'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
