@@ -32,7 +32,9 @@ def judge(stories15m: Path, wikitext: Path) -> Any:
     """Mean KL divergence from the source model, on held-out text."""
     model = AutoModelForCausalLM.from_pretrained(stories15m, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(stories15m)
-    ids = tokenizer((wikitext.parent / "wiki.test.raw").read_text("utf-8")[:20_000], return_tensors="pt").input_ids
+    ids = tokenizer(
+        (wikitext.parent / "wiki.test.raw").read_text("utf-8")[:20_000], return_tensors="pt"
+    ).input_ids
     ids = ids[0, : 8 * 128].reshape(8, 128)
     original = {name: each.clone() for name, each in model.state_dict().items()}
     with torch.no_grad():
