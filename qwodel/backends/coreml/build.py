@@ -120,7 +120,7 @@ def _text_probes(config: Any, dimensions: Dimensions, options: CoreMLOptions) ->
         dimensions.probe_lengths(window),
         batch=dimensions.batch,
         vocabulary=config.vocab_size,
-        pad=config.pad_token_id,
+        pad=getattr(config, "pad_token_id", None),
         segments=options.token_type_ids,
         padded=not options.stateful,
     )
