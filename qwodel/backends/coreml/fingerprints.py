@@ -71,7 +71,7 @@ def _buffer_prints(buffers: Iterable[torch.Tensor], threshold: int) -> Iterable[
 
 def _check_range(name: str, parameter: torch.Tensor) -> None:
     low, high = parameter.detach().aminmax()
-    if not max(abs(float(low)), abs(float(high))) <= np.finfo(np.float16).max:
+    if not max(abs(float(low)), abs(float(high))) <= float(np.finfo(np.float16).max):
         raise ConversionError(
             f"{name} has values that float16 cannot hold (from {float(low):.3g} to {float(high):.3g})",
             hint="Core ML stores weights in float16: rescale the layer, or check that the checkpoint is sound",
