@@ -1,0 +1,1 @@
+"""What must know a network's shape: which layer feeds which."""
