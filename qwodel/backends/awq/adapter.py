@@ -91,6 +91,10 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             raise ConfigurationError(
                 f"nproc is {options.nproc}, and there are {len(gpus)} GPUs", hint="take one process a GPU"
             )
+        if options.num_samples is not None and options.nproc > options.num_samples:
+            raise ConfigurationError(
+                f"{options.nproc} processes cannot share {options.num_samples} samples", hint="take fewer"
+            )
         needed, free = _model_bytes(source) * options.nproc, available_memory()
         if needed > free:
             raise ResourceError(

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 __all__ = ["CalibrationProgress", "bridged"]
@@ -73,9 +73,7 @@ def _bar_class(listener: CalibrationProgress | None) -> type[Any]:
             self, iterable: Iterable[Any] | None = None, desc: str = "", total: float | None = None, **_: Any
         ) -> None:
             self.iterable, self.desc, self.n = iterable, desc or "", 0.0
-            self.total = total
-            if total is None and isinstance(iterable, Sized):
-                self.total = len(iterable)
+            self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
             self._tell()
 
         def __iter__(self) -> Iterator[Any]:
@@ -130,7 +128,8 @@ def bridged(listener: CalibrationProgress | None = None) -> Iterator[None]:
     finally:
         for module in replaced:
             module.tqdm = tqdm.tqdm  # type: ignore[attr-defined]
-        logger.remove(sink)
+        with suppress(ValueError):  # among several processes llm-compressor sets its sinks up anew
+            logger.remove(sink)
 
 
 def _forward(message: Any) -> None:

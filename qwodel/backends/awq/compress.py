@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from qwodel.backends.awq.bridge import CalibrationProgress, Report, bridged
 from qwodel.backends.awq.loading import load_model
 from qwodel.backends.awq.options import AWQOptions
 from qwodel.backends.awq.recipe import choose_group_size, make_modifiers, targets
-from qwodel.backends.awq.upstream import without_accelerator
+from qwodel.backends.awq.upstream import own_weights, part_ways, without_accelerator
 from qwodel.exceptions import ConversionError, QuantizationError
 from qwodel.hardware import is_out_of_memory
 
@@ -73,6 +73,7 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
     tokens = np.load(work.tokens, allow_pickle=False)
     batches = _batches(tokens[rank::world], work.batch_size)
     listener = CalibrationProgress(report, _searches(model))
+    private = world > 1 and own_weights(model)
     with _failures(), bridged(listener), without_accelerator(), _counting(layers) as seen:
         oneshot(
             model=model,
@@ -88,7 +89,10 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
             "%d of %d layers saw no calibration data: %s …", len(untouched), len(layers), untouched[0]
         )
     logits = _probe(model, tokens) if rank == 0 else None
-    with _failures(), bridged():
+    if private and rank > 0:
+        part_ways().close()
+        return Outcome(group_size, list(layers), untouched, dict(seen))
+    with _failures(), bridged(), part_ways() if private else nullcontext():
         model.save_pretrained(work.target, save_compressed=True, max_shard_size=work.options.max_shard_size)
         reset_session()  # type: ignore[no-untyped-call]
     return Outcome(group_size, list(layers), untouched, dict(seen), logits)

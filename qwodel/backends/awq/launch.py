@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +54,7 @@ def main() -> None:
     """One rank: read the request, compress, leave the outcome."""
     folder = Path(sys.argv[1])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     try:
         _join_processes()
         with (folder / "events.jsonl").open("a", encoding="utf-8") as events:
@@ -70,6 +72,16 @@ def main() -> None:
         raise
 
 
+def _end_with(parent: int) -> None:
+    """End this process once the one that asked is gone; torchrun gives its children no pipe to watch."""
+    while True:
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(1)
+
+
 def _join_processes() -> None:
     import torch
     import torch.distributed as dist
@@ -85,7 +97,7 @@ def _supervise(nproc: int, folder: Path, report: Report) -> None:
     """Start torchrun, forward progress, and leave no process behind."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}",
-        "-m", "qwodel.backends.awq.launch", str(folder),
+        "-m", "qwodel.backends.awq.launch", str(folder), str(os.getpid()),
     ]  # fmt: skip
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))

@@ -124,6 +124,7 @@ def make_modifiers(model: Any, options: AWQOptions, group_size: int, quantized: 
         symmetric=options.symmetric,
         strategy="channel" if group_size == -1 else "group",
         group_size=None if group_size == -1 else group_size,
+        observer="memoryless_mse",  # scales of the least squared error, not of the extremes
     )
     search = AWQModifier(
         mappings=mappings(model, kept), duo_scaling=options.duo_scaling, n_grid=options.n_grid

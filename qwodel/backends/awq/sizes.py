@@ -93,15 +93,16 @@ def measured_peak(source: ModelSource, batch: int, seq_length: int, device: str 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=_torch_dtype(source)).eval()
         ids = torch.zeros((batch, seq_length), dtype=torch.int64)
+        mask = torch.ones_like(ids)
     body = model.get_decoder() if hasattr(model, "get_decoder") else model
     with torch.no_grad():
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            body(input_ids=ids, use_cache=False)
+            body(input_ids=ids, attention_mask=mask, use_cache=False)
             return int(torch.cuda.max_memory_allocated() - before)
         with LiveBytes() as live:
-            body(input_ids=ids, use_cache=False)
+            body(input_ids=ids, attention_mask=mask, use_cache=False)
     return int(live.peak)
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-__all__ = ["without_accelerator"]
+__all__ = ["own_weights", "part_ways", "without_accelerator"]
 
 
 @contextmanager
@@ -28,6 +28,38 @@ def without_accelerator() -> Iterator[None]:
             if hasattr(base, "_allreduce_data_sum"):
                 stack.enter_context(patch.object(base, "_allreduce_data_sum", _sum_over_processes))
         yield
+
+
+def own_weights(model: Any) -> bool:
+    """Give this process weights of its own where there is no accelerator, and return whether it did.
+
+    Processes share offloaded weights, and each changes what it onloads in place. On a device that
+    is a copy; on the CPU it is the shared memory itself, which every process would scale once.
+    """
+    import torch
+    from compressed_tensors.offload import set_onload_device
+    from compressed_tensors.offload.utils import as_single_threaded
+
+    if not _has_no_accelerator():
+        return False
+    with as_single_threaded():
+        set_onload_device(model, torch.device("cpu"))
+    return True
+
+
+def part_ways() -> ExitStack:
+    """Leave the process group, and act as if alone until the returned stack closes.
+
+    Each process has the whole result by then, and one of them saves it.
+    """
+    import torch.distributed as dist
+    from compressed_tensors.offload.utils import as_single_threaded
+
+    dist.barrier()
+    dist.destroy_process_group()
+    stack = ExitStack()
+    stack.enter_context(as_single_threaded())
+    return stack
 
 
 def _pinning_fails() -> bool:
