@@ -172,7 +172,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             ),
             "quantized_bits_per_weight": round(packed * 8 / max(weights, 1), 3),
             "group_size": outcome.group_size,
-            "symmetric": options.symmetric,
+            "symmetric": outcome.symmetric,
             "layers": fused["layers"],
             "fused_groups": fused["groups"],
             "untouched": outcome.untouched,

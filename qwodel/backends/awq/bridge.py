@@ -8,11 +8,17 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["CalibrationProgress", "bridged"]
 
 _log = logging.getLogger("AWQQuantizer")
+_NO_NEWS = (  # warnings about what this backend chose or says itself
+    "No accelerator available",
+    "MoE is being linearized after loading",
+    "Disabling tokenizer parallelism",
+)
 _BLOCK = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
 _TOOLCHAIN = ("llmcompressor", "compressed_tensors")
 # Shares of a block's time: one pass to watch, the searches, one pass to go on.
@@ -115,19 +121,23 @@ def bridged(listener: CalibrationProgress | None = None) -> Iterator[None]:
 
     configure_logger(LoggerConfig(console_log_level=None))
     sink = logger.add(_forward, level="DEBUG", format="{message}")
-    replaced = []
+    replaced: list[tuple[Any, Any]] = []
     bar = _bar_class(listener)
     for name, module in list(sys.modules.items()):
-        if name.startswith(_TOOLCHAIN) and getattr(module, "tqdm", None) is tqdm.tqdm:
-            replaced.append(module)
-            module.tqdm = bar  # type: ignore[attr-defined]
+        if not name.startswith(_TOOLCHAIN):
+            continue
+        # "from tqdm import tqdm" in some modules, "import tqdm" in others
+        for shape, stand_in in ((tqdm.tqdm, bar), (tqdm, SimpleNamespace(tqdm=bar))):
+            if getattr(module, "tqdm", None) is shape:
+                replaced.append((module, shape))
+                module.tqdm = stand_in  # type: ignore[attr-defined]
     try:
         with _quiet_transformers(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             yield
     finally:
-        for module in replaced:
-            module.tqdm = tqdm.tqdm  # type: ignore[attr-defined]
+        for module, shape in replaced:
+            module.tqdm = shape
         with suppress(ValueError):  # among several processes llm-compressor sets its sinks up anew
             logger.remove(sink)
 
@@ -136,7 +146,7 @@ def _forward(message: Any) -> None:
     record = message.record
     if not str(record["name"]).startswith(_TOOLCHAIN):
         return
-    if "No accelerator available" in record["message"]:  # the adapter says so, once
+    if any(text in record["message"] for text in _NO_NEWS):
         return
     # What llm-compressor calls information is for its developers.
     level = record["level"].no if record["level"].no >= logging.WARNING else logging.DEBUG

@@ -15,7 +15,7 @@ import numpy as np
 from qwodel.backends.awq.bridge import CalibrationProgress, Report, bridged
 from qwodel.backends.awq.loading import load_model
 from qwodel.backends.awq.options import AWQOptions
-from qwodel.backends.awq.recipe import choose_group_size, make_modifiers, targets
+from qwodel.backends.awq.recipe import choose_group_size, choose_symmetry, make_modifiers, targets
 from qwodel.backends.awq.upstream import own_weights, part_ways, without_accelerator
 from qwodel.exceptions import ConversionError, QuantizationError
 from qwodel.hardware import is_out_of_memory
@@ -46,6 +46,7 @@ class Outcome:
     """What was learned: which layers, which groups, what saw no data, and the model's answer to a probe."""
 
     group_size: int
+    symmetric: bool
     quantized: list[str]
     untouched: list[str]
     tokens_seen: dict[str, int] = field(default_factory=dict)
@@ -69,7 +70,8 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
     group_size = choose_group_size(
         {name: layer.in_features for name, layer in layers.items()}, work.options.group_size
     )
-    modifiers = make_modifiers(model, work.options, group_size, layers)
+    symmetric = choose_symmetry(model, work.options)
+    modifiers = make_modifiers(model, work.options, group_size, symmetric, layers)
     tokens = np.load(work.tokens, allow_pickle=False)
     batches = _batches(tokens[rank::world], work.batch_size)
     listener = CalibrationProgress(report, _searches(model))
@@ -91,11 +93,11 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
     logits = _probe(model, tokens) if rank == 0 else None
     if private and rank > 0:
         part_ways().close()
-        return Outcome(group_size, list(layers), untouched, dict(seen))
+        return Outcome(group_size, symmetric, list(layers), untouched, dict(seen))
     with _failures(), bridged(), part_ways() if private else nullcontext():
         model.save_pretrained(work.target, save_compressed=True, max_shard_size=work.options.max_shard_size)
         reset_session()  # type: ignore[no-untyped-call]
-    return Outcome(group_size, list(layers), untouched, dict(seen), logits)
+    return Outcome(group_size, symmetric, list(layers), untouched, dict(seen), logits)
 
 
 class _NoProcessor:

@@ -167,6 +167,7 @@ def _write_outcome(outcome: Outcome, folder: Path) -> None:
     np.save(folder / "logits.npy", outcome.probe_logits.numpy())
     document = {
         "group_size": outcome.group_size,
+        "symmetric": outcome.symmetric,
         "quantized": outcome.quantized,
         "untouched": outcome.untouched,
         "tokens_seen": outcome.tokens_seen,

@@ -66,7 +66,7 @@ def load_model(path: Path, architecture: str, *, linear_experts: bool = False) -
         ConversionError: transformers cannot load it.
     """
     import transformers
-    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from llmcompressor.modeling.moe.linearize import linearize_moe
 
     kind = (
         transformers.AutoModelForImageTextToText
@@ -74,10 +74,9 @@ def load_model(path: Path, architecture: str, *, linear_experts: bool = False) -
         else transformers.AutoModelForCausalLM
     )
     try:
-        if linear_experts:
-            with load_quantizable_moe(kind):
-                return kind.from_pretrained(path, dtype="auto", local_files_only=True).eval()
-        return kind.from_pretrained(path, dtype="auto", local_files_only=True).eval()
+        model = kind.from_pretrained(path, dtype="auto", local_files_only=True).eval()
+        # llm-compressor's loader for experts leaves its patches in transformers when it fails.
+        return linearize_moe(model) if linear_experts else model
     except MemoryError:
         raise
     except Exception as error:

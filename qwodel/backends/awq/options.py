@@ -50,7 +50,9 @@ class AWQOptions(BackendOptions):
         True,
         description="Leave heads, routers, vision and audio towers, projectors and MTP layers as they are.",
     )
-    symmetric: bool = Field(False, description="Weights without zero points.")
+    symmetric: bool | None = Field(
+        None, description="Weights without zero points; unset: with them, but for models with experts."
+    )
     group_size: Literal["auto"] | int = Field(
         "auto",
         description="Columns that share a scale; auto: the largest of 128, 64, 32 that divides all; -1: whole rows.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,15 @@ from qwodel.backends.awq.options import AWQOptions
 from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.modeling.wiring import Kind, Pair, find_pairs
 
-__all__ = ["KERNEL_GROUPS", "choose_group_size", "is_ignored", "make_modifiers", "mappings", "targets"]
+__all__ = [
+    "KERNEL_GROUPS",
+    "choose_group_size",
+    "choose_symmetry",
+    "is_ignored",
+    "make_modifiers",
+    "mappings",
+    "targets",
+]
 
 KERNEL_GROUPS = (128, 64, 32)
 """Group sizes that vLLM's 4-bit kernels take, beside whole rows (-1)."""
@@ -108,7 +116,31 @@ def choose_group_size(columns: Mapping[str, int], wanted: str | int) -> int:
     return size
 
 
-def make_modifiers(model: Any, options: AWQOptions, group_size: int, quantized: Iterable[str]) -> list[Any]:
+def choose_symmetry(model: Any, options: AWQOptions) -> bool:
+    """Return whether weights go without zero points.
+
+    With them the quality is better; experts do without, because transformers reads no zero points
+    of theirs.
+
+    Raises:
+        ConfigurationError: zero points were asked for, and the model has experts.
+    """
+    from llmcompressor.modeling.moe.linearize import get_linearized_moes
+
+    experts = bool(get_linearized_moes(model))
+    if options.symmetric is None:
+        return experts
+    if experts and not options.symmetric:
+        raise ConfigurationError(
+            "symmetric=False gives experts zero points, which transformers cannot read",
+            hint="leave symmetric unset, or pass symmetric=True",
+        )
+    return options.symmetric
+
+
+def make_modifiers(
+    model: Any, options: AWQOptions, group_size: int, symmetric: bool, quantized: Iterable[str]
+) -> list[Any]:
     """Return llm-compressor's two modifiers: the search for scales, and the quantization."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -121,7 +153,7 @@ def make_modifiers(model: Any, options: AWQOptions, group_size: int, quantized: 
     weights = QuantizationArgs(
         num_bits=4,
         type="int",
-        symmetric=options.symmetric,
+        symmetric=symmetric,
         strategy="channel" if group_size == -1 else "group",
         group_size=None if group_size == -1 else group_size,
         observer="memoryless_mse",  # scales of the least squared error, not of the extremes
@@ -133,11 +165,13 @@ def make_modifiers(model: Any, options: AWQOptions, group_size: int, quantized: 
     return [search, QuantizationModifier(ignore=ignored, config_groups={"group_0": scheme})]
 
 
-def mappings(model: Any, quantized: set[str]) -> list[Any] | None:
-    """Return AWQ mappings for a model llm-compressor has none for; ``None`` where it has its own.
+def mappings(model: Any, quantized: set[str]) -> list[Any]:
+    """Return AWQ mappings by exact names: llm-compressor's own, or those of the model's wiring.
+
+    Mappings whose consumers are all left as they are stay out; llm-compressor would divide by zero.
 
     Raises:
-        ValidationError: the wiring is unknown too, or no pair of it can carry scales.
+        ValidationError: llm-compressor has none, and the wiring is unknown or can carry no scales.
     """
     from llmcompressor.modifiers.transform.awq import (
         AWQ_DYNAMIC_MAPPING_REGISTRY,
@@ -147,12 +181,12 @@ def mappings(model: Any, quantized: set[str]) -> list[Any] | None:
 
     architecture = type(model).__name__
     if architecture in AWQ_MAPPING_REGISTRY or architecture in AWQ_DYNAMIC_MAPPING_REGISTRY:
-        return None
+        return [each for each in _known_mappings(model) if quantized.intersection(each.balance_layers)]
     pairs = find_pairs(model)
     usable = [pair for pair in pairs if _awq_can_scale(model, pair, quantized)]
-    norms = [pair for pair in usable if pair.kind in (Kind.NORM, Kind.NORM_PLUS_ONE)]
-    if not norms:
-        missing = next((pair for pair in pairs if pair.kind in (Kind.NORM, Kind.NORM_PLUS_ONE)), pairs[0])
+    norms = (Kind.NORM, Kind.NORM_PLUS_ONE)
+    if not any(pair.kind in norms for pair in usable):
+        missing = next((pair for pair in pairs if pair.kind in norms), pairs[0])
         raise ValidationError(
             f"unsupported model architecture {architecture}: AWQ cannot move scales from {missing.producer} "
             f"to {', '.join(missing.consumers)}",
@@ -160,6 +194,23 @@ def mappings(model: Any, quantized: set[str]) -> list[Any] | None:
         )
     _log.info("%d AWQ mappings of %s from its wiring", len(usable), architecture)
     return [AWQMapping(pair.producer, list(pair.consumers)) for pair in usable]
+
+
+def _known_mappings(model: Any) -> Iterator[Any]:
+    """Yield llm-compressor's mappings of an architecture, layer by layer."""
+    from compressed_tensors.utils import match_modules_set
+    from llmcompressor.modifiers.transform.awq import AWQMapping, get_layer_mappings_from_model
+    from torch.utils._pytree import tree_leaves
+
+    names = {module: name for name, module in model.named_modules()}
+    for mapping in get_layer_mappings_from_model(model):
+        for smooth, *balance in match_modules_set(model, (mapping.smooth_layer, *mapping.balance_layers)):
+            for producer in smooth:
+                yield AWQMapping(
+                    names[producer],
+                    [names[module] for module in tree_leaves(balance)],
+                    mapping.activation_hook_target,
+                )
 
 
 def _awq_can_scale(model: Any, pair: Pair, quantized: set[str]) -> bool:

@@ -211,7 +211,7 @@ def test_out_of_memory_is_retried_smaller_from_clean_weights(
         return real(work, *rest, **named)
 
     monkeypatch.setattr(launch, "compress", small_device)
-    path, info = _quantize(source, tmp_path / "out")
+    path, _ = _quantize(source, tmp_path / "out")
     assert [batch for batch, _ in seen] == [4, 2, 1]
     manifest = json.loads((path / "qwodel.manifest.json").read_text())
     assert [step["next"][:13] for step in manifest["calibration"]["backoff"]] == [
