@@ -140,6 +140,8 @@ def test_token_lists_need_no_tokenizer(tmp_path: Path) -> None:
     lists = [[4 + (n * step) % 90 for n in range(64)] for step in range(1, 9)]
     path, info = _quantize(source, tmp_path / "out", calibration_dataset=lists)
     assert info["calibration"]["dataset"] == "texts given in Python"
+    manifest = json.loads((path / "qwodel.manifest.json").read_text())
+    assert manifest["recipe"]["calibration_dataset"] == "8 items given in Python"
     assert _distance(_logits(source), _logits(path)) < 0.35
     with pytest.raises(CalibrationError, match="has no tokenizer"):
         _quantize(source, tmp_path / "out2")
@@ -257,13 +259,9 @@ def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
     both = Quantizer("awq", source, tmp_path / "two", lambda percent, *_: seen.append(percent), **options)
     two = both.quantize("int4", nproc=2)
     one = Quantizer("awq", source, tmp_path / "one", **options).quantize("int4")
-    assert _distance(_logits(one), _logits(two)) < 0.05
+    assert _distance(_logits(one), _logits(two)) < 1e-3
     assert seen == sorted(seen)
     assert any(10 < percent < 90 for percent in seen)
-    half = Quantizer("awq", source, tmp_path / "half", **{**options, "num_samples": 5}).quantize(
-        "int4", nproc=2
-    )
-    assert half.is_dir()
     bad = Quantizer("awq", source, tmp_path / "bad", **options)
     with pytest.raises(ConfigurationError, match="group_size 40 does not divide"):
         bad.quantize("int4", nproc=2, group_size=40)
