@@ -61,10 +61,10 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
         ConfigurationError: the group size divides nothing.
         ConversionError: llm-compressor failed; its own words are in the message.
     """
-    from llmcompressor.core import reset_session
-    from llmcompressor.entrypoints.oneshot import oneshot
-
     with bridged():
+        from llmcompressor.core import reset_session
+        from llmcompressor.entrypoints.oneshot import oneshot
+
         model = load_model(work.model, work.architecture, linear_experts=True)
     layers = targets(model, work.options)
     group_size = choose_group_size(
