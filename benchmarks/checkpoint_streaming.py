@@ -84,38 +84,40 @@ def load_and_save(source: Path, target: Path) -> float:
     return base
 
 
-def stream(source: Path, target: Path, name: str, check: bool, workers: int) -> float:
+def stream(source: Path, target: Path, name: str, check: bool, workers: int, device: str) -> float:
     from qwodel.checkpoint.convert import convert
-    from qwodel.checkpoint.executor import make_executor
+    from qwodel.checkpoint.pipeline import executor_for, make_executor
     from qwodel.checkpoint.plan import build_plan
     from qwodel.checkpoint.recipe import Recipe
     from qwodel.checkpoint.storage_format import storage_format
+    from qwodel.checkpoint.streaming import resolve_device
     from qwodel.checkpoint.transformers_layout import TransformersLayout
     from qwodel.checkpoint.verify import verify
 
     base = resident_mb()
     plan = build_plan(source, Recipe(format=storage_format(name), max_shard_size=SHARD), TransformersLayout())
-    executor = make_executor(workers)
-    conversion = convert(plan, target, executor=executor)
+    conversion = convert(plan, target, executor=executor_for(resolve_device(device), workers))
     if check:
-        verify(conversion, executor=executor)
+        verify(conversion, executor=make_executor(workers))
     return base
 
 
-def stream_one_file(source: Path, target: Path, workers: int) -> float:
+def stream_one_file(source: Path, target: Path, workers: int, device: str) -> float:
     """What :func:`convert_with_peer` does, by us, read back too."""
     from qwodel.checkpoint.comfyui import ComfyUILayout
     from qwodel.checkpoint.convert import convert
-    from qwodel.checkpoint.executor import make_executor
+    from qwodel.checkpoint.pipeline import executor_for, make_executor
     from qwodel.checkpoint.plan import build_plan
     from qwodel.checkpoint.recipe import Recipe
     from qwodel.checkpoint.storage_format import storage_format
+    from qwodel.checkpoint.streaming import resolve_device
     from qwodel.checkpoint.verify import verify
 
     base = resident_mb()
     plan = build_plan(source, Recipe(format=storage_format("fp8_e4m3")), ComfyUILayout())
-    executor = make_executor(workers)
-    verify(convert(plan, target / "out.safetensors", executor=executor), executor=executor)
+    executor = executor_for(resolve_device(device), workers)
+    conversion = convert(plan, target / "out.safetensors", executor=executor)
+    verify(conversion, executor=make_executor(workers))
     return base
 
 
@@ -164,25 +166,25 @@ def measure_here(arguments: argparse.Namespace) -> None:
     if arguments.measure == "load-and-save":
         base = load_and_save(source, target)
     elif arguments.measure == OURS:
-        base = stream_one_file(source.parent / ONE_FILE, target, arguments.workers)
+        base = stream_one_file(source.parent / ONE_FILE, target, arguments.workers, arguments.device)
     elif arguments.measure == PEER:
         base = convert_with_peer(source.parent / ONE_FILE, target, arguments.peer or "")
     else:
         name, _, check = arguments.measure.partition("+")
-        base = stream(source, target, name, bool(check), arguments.workers)
+        base = stream(source, target, name, bool(check), arguments.workers, arguments.device)
     seconds = time.perf_counter() - started
     peak = resident_mb("VmHWM")
     print(json.dumps({"seconds": seconds, "base": base, "peak": peak}))
 
 
 def measure(
-    what: str, source: Path, scratch: Path, workers: int, peer: str | None = None
+    what: str, source: Path, scratch: Path, workers: int, peer: str | None = None, device: str = "cpu"
 ) -> dict[str, float]:
     target = scratch / "out"
     target.mkdir()
     os.sync()
     command = [sys.executable, __file__, "--measure", what, "--source", str(source), "--target", str(target)]
-    command += ["--workers", str(workers), *(["--peer", peer] if peer else [])]
+    command += ["--workers", str(workers), "--device", device, *(["--peer", peer] if peer else [])]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     shutil.rmtree(target)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -197,6 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=2, help="runs of each; the fastest counts")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where codes are computed: cpu, cuda, cuda:N, auto")
     parser.add_argument("--peer", help="folder that holds convert-to-quant")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
@@ -221,7 +224,14 @@ def main() -> None:
             plain = 0.0
             for what in names:
                 runs = [
-                    measure(what, scratch / "model", scratch, arguments.workers, arguments.peer)
+                    measure(
+                        what,
+                        scratch / "model",
+                        scratch,
+                        arguments.workers,
+                        arguments.peer,
+                        arguments.device,
+                    )
                     for _ in range(arguments.repeat)
                 ]
                 best = min(runs, key=lambda run: run["seconds"])

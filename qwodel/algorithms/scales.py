@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qwodel.algorithms.fp8_decode import codes_to_float
 from qwodel.algorithms.quant_types import Granularity, QuantType
 from qwodel.algorithms.scale_choice import absmax_scale, normalise, search_scale
 from qwodel.algorithms.tiles import check_finite, check_matrix, expand_scale, row_chunks
@@ -79,26 +80,16 @@ def quantize(
     else:
         scale = scale.to(device=weight.device, dtype=torch.float32)
         check_scale(scale, granularity, weight.shape)
-        check_finite_chunks(weight, granularity)
     codes = torch.empty(weight.shape, dtype=quant_type.dtype, device=weight.device)
     for rows in row_chunks(weight.shape, granularity):
         x = normalise(weight, scale, granularity, rows)
+        # A sum that is finite has finite terms; one that is not may have overflowed.
+        if not bool(x.sum().isfinite()):
+            check_finite(weight)
         if not quant_type.is_float:
             x.round_()  # the cast to an integer truncates; the one to FP8 rounds to even by itself
         codes[rows] = x.clamp_(quant_type.qmin, quant_type.qmax)
     return Quantized(codes, scale, quant_type, granularity)
-
-
-def check_finite_chunks(weight: torch.Tensor, granularity: Granularity) -> None:
-    """:func:`~qwodel.algorithms.tiles.check_finite` that costs one pass over cached chunks.
-
-    Raises:
-        ValidationError: NaN or Inf in the weight.
-    """
-    for rows in row_chunks(weight.shape, granularity):
-        chunk = weight[rows]
-        if chunk.numel() and not chunk.float().abs().amax(dim=1).isfinite().all():
-            check_finite(weight)
 
 
 def dequantize(
@@ -114,5 +105,5 @@ def dequantize(
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     for rows in row_chunks(codes.shape, granularity):
         spread = expand_scale(scale, granularity, rows, codes.shape[1])
-        out[rows] = codes[rows].to(work) * spread.to(work)
+        out[rows] = codes_to_float(codes[rows]).to(work) * spread.to(work)
     return out

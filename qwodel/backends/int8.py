@@ -20,6 +20,13 @@ _FORMATS = (
         aliases=("int8", "w8a8"),
     ),
     FormatSpec(
+        "int8_convrot",
+        "INT8 rows of rotated columns: the most accurate INT8 for ComfyUI, whose activations are INT8 too",
+        8.0,
+        "ComfyUI",
+        aliases=("convrot",),
+    ),
+    FormatSpec(
         "int8_tensor",
         "INT8, one scale a tensor: less accurate than row scales",
         8.0,

@@ -91,11 +91,20 @@ class ComfyUILayout:
         found = self._format(wanted)
         if found is None:
             return ReaderSupport(True, "ComfyUI")
+        if self.legacy and wanted.convrot:
+            raise ConfigurationError(
+                "legacy files cannot say that columns are rotated",
+                hint="drop the legacy layout, or use int8_row",
+            )
         if self.legacy and wanted.quant_type != FP8_E4M3:
             return ReaderSupport(False, "ComfyUI", "legacy scaled files are read as FP8 E4M3 only")
         if self.legacy and wanted.granularity != TENSOR:
             return ReaderSupport(False, "ComfyUI", "legacy scaled FP8 files have one scale a tensor")
         return ReaderSupport(found.loads, "ComfyUI", found.reason)
+
+    def obstacle(self, source: SourceTensor, wanted: StorageFormat) -> str | None:
+        del source, wanted
+        return None
 
     def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
         assert wanted.quant_type is not None
@@ -123,6 +132,8 @@ class ComfyUILayout:
             description["group_size"] = wanted.granularity.block_cols
         if wanted.quant_type == INT8 and wanted.granularity == ROW:
             description["per_row"] = True
+        if size := wanted.convrot_size(source.shape[1]):
+            description |= {"convrot": True, "convrot_groupsize": size}
         description["orig_dtype"] = str(TORCH_DTYPES[source.dtype])
         if self.full_precision_matrix_mult:
             description["full_precision_matrix_mult"] = True

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.executor import Executor, SerialExecutor
 from qwodel.checkpoint.plan import Plan
 from qwodel.checkpoint.tensor_work import WorkerFactory
@@ -27,13 +28,17 @@ class Conversion:
         plan: the plan that was carried out.
         destination: the file or directory.
         files: every weight file.
+        reports: layer → how a data-aware method found its codes.
         squared_errors: weight name → ‖W−Ŵ‖² as the rounding method left it, where it was not plain rounding.
+        fell_back: tensors that the CPU took over as the device's memory ran out.
     """
 
     plan: Plan
     destination: Path
     files: tuple[Path, ...]
     squared_errors: Mapping[str, float]
+    reports: Mapping[str, RoundingReport]
+    fell_back: tuple[str, ...] = ()
 
 
 def convert(
@@ -67,19 +72,24 @@ def convert(
     # Largest first: then no worker ends alone with the largest.
     work.sort(key=lambda each: -each.output_bytes)
     factory = WorkerFactory(plan.source, plan.files, paths)
-    done, errors, finished = 0, {}, set()
+    done, errors, finished, fell_back = 0, {}, set(), []
+    reports: dict[str, RoundingReport] = {}
     # An error's traceback would keep the generator, and its processes, alive.
     with closing((executor or SerialExecutor()).run(factory, work)) as results:
         for result in results:
             done += result.source_bytes
             finished.add(result.name)
-            if result.squared_error is not None:
-                errors[result.name] = result.squared_error
+            if result.fell_back:
+                fell_back.append(result.name)
+            if result.measured is not None:
+                errors[result.name] = result.measured.squared_error
+                if result.measured.report is not None:
+                    reports[result.name.removesuffix(".weight")] = result.measured.report
             progress.update(done, total, result.name)
     if missing := {each.name for each in work} - finished:
         raise IntegrityError(f"{len(missing)} tensors were not written: {min(missing)!r} …")
     _finish(plan, destination, paths)
-    return Conversion(plan, destination, tuple(paths.values()), errors)
+    return Conversion(plan, destination, tuple(paths.values()), errors, reports, tuple(fell_back))
 
 
 def _finish(plan: Plan, destination: Path, paths: Mapping[str, Path]) -> None:

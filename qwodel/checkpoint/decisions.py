@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.layer_filters import filter_verdict
+from qwodel.checkpoint.layout import Layout
 from qwodel.checkpoint.recipe import Recipe
 from qwodel.checkpoint.rounding import Nearest, Rounding, default_rounding
 from qwodel.checkpoint.storage_format import StorageFormat, storage_format
@@ -46,6 +47,7 @@ class Decider:
         filters: names of the model filters in force.
         nonfinite: names of weights that hold NaN or Inf and are to be kept.
         conv1d: names of weights stored ``[in, out]``.
+        layout: whose reader's limits count; a rule that names a weight overrides these.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class Decider:
         filters: tuple[str, ...],
         nonfinite: Collection[str] = (),
         conv1d: Collection[str] = (),
+        layout: Layout | None = None,
     ) -> None:
         self.recipe = recipe
         self.filters = filters
         self.nonfinite = nonfinite
         self.conv1d = conv1d
+        self.layout = layout
 
     def decide(self, source: SourceTensor) -> Decision:
         """Return the decision for one tensor; rules that name it win over filters, and shape over both."""
@@ -107,17 +111,21 @@ class Decider:
         if obstacle := self._obstacle(source):
             return _keep(source, obstacle)
         verdict = filter_verdict(source.name, self.filters)
-        if verdict.action == "process" and recipe.skip_inefficient_layers:
-            inefficient = _inefficient(source, wanted)
-        else:
-            inefficient = None
-        if verdict.action == "process" and not inefficient:
+        reason = None if verdict.action == "process" else verdict.reason
+        if not reason and recipe.skip_inefficient_layers:
+            reason = _inefficient(source, wanted)
+        if not reason:
+            reason = self._unreadable(source, wanted)
+        if not reason:
             return self._store(source, wanted, recipe.rounding, "matrix that no filter keeps")
-        reason = inefficient or verdict.reason
-        safe = verdict.reason.startswith("safe default")
-        if recipe.fallback and (recipe.fallback.cast_to or not safe):
-            return self._store(source, recipe.fallback, recipe.fallback_rounding, f"fallback; {reason}")
+        fallback, safe = recipe.fallback, reason.startswith("safe default")
+        if fallback and (fallback.cast_to or not (safe or self._unreadable(source, fallback))):
+            return self._store(source, fallback, recipe.fallback_rounding, f"fallback; {reason}")
         return _keep(source, reason)
+
+    def _unreadable(self, source: SourceTensor, wanted: StorageFormat) -> str | None:
+        """Why the layout's reader would not take this tensor so."""
+        return self.layout.obstacle(source, wanted) if self.layout else None
 
     def _obstacle(self, source: SourceTensor) -> str | None:
         """Why this tensor cannot be quantized at all."""
@@ -135,6 +143,7 @@ class Decider:
         self, source: SourceTensor, wanted: StorageFormat, rounding: Rounding | None, reason: str
     ) -> Decision:
         if wanted.quantizes:
+            wanted = wanted.fitting(source.shape[1])
             rounding = rounding or default_rounding(wanted.quant_type, wanted.granularity)
             return Decision(Action.QUANTIZE, reason, wanted, rounding)
         if source.decoder is None and source.dtype == wanted.cast_to:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwodel.checkpoint.dtypes import FLOAT_DTYPES
@@ -19,6 +19,7 @@ from qwodel.checkpoint.source_decoders import (
     Mxfp4Decoder,
     NvFp4Decoder,
     PlainDecoder,
+    RotatedDecoder,
     RowDecoder,
     ScaledDecoder,
 )
@@ -26,6 +27,8 @@ from qwodel.exceptions import ValidationError
 
 __all__ = ["SourceTensor", "Sources", "resolve_sources"]
 
+_CONVROT_DEFAULT = 256
+_CONVROT_SIZES = (4, 16, 64, 256, 1024)
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _BLOCK_SIZES = (128, 64, 32, 16, 256)
 _READABLE_METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "modelopt"})
@@ -136,8 +139,6 @@ class _Resolver:
         entry = self.reader.entry(name)
         layer = name.removesuffix(".weight")
         comfyui = self.comfyui.get(layer, {}) if name.endswith(".weight") else {}
-        if comfyui.get("convrot"):
-            raise _refusal(self.reader, f"INT8 with rotated columns (tensor {name!r})")
         if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in self.reader:
             return self._mxfp4(name)
         if entry.dtype == "U8" and len(entry.shape) == 2 and (nvfp4 := self._nvfp4(name, comfyui)):
@@ -147,10 +148,19 @@ class _Resolver:
             kind = entry.dtype.replace("F8_", "FP8 ")
             return self._scaled(name, scale, kind) if scale else None
         if entry.dtype == "I8" and scale:
-            return self._scaled(name, scale, "INT8")
+            plain = self._scaled(name, scale, "INT8")
+            return self._rotated(plain, comfyui) if comfyui.get("convrot") else plain
         if scale or comfyui:
             raise _refusal(self.reader, f"{comfyui.get('format', 'scaled ' + entry.dtype)} (tensor {name!r})")
         return None
+
+    def _rotated(self, plain: SourceTensor, comfyui: Mapping[str, Any]) -> SourceTensor:
+        size = comfyui.get("convrot_groupsize", _CONVROT_DEFAULT)
+        columns = plain.shape[1]
+        if not isinstance(size, int) or size not in _CONVROT_SIZES or columns % size:
+            raise _refusal(self.reader, f"INT8 rotated in groups of {size} (tensor {plain.name!r})")
+        assert isinstance(plain.decoder, ScaledDecoder)
+        return replace(plain, decoder=RotatedDecoder(plain.decoder, size), encoding="INT8 ConvRot")
 
     def _scale_of(self, name: str) -> str | None:
         stem = name.removesuffix(".weight")

@@ -68,6 +68,9 @@ class Layout(Protocol):
             ConfigurationError: the layout cannot even express it.
         """
 
+    def obstacle(self, source: SourceTensor, wanted: StorageFormat) -> str | None:
+        """Say why the reader cannot load this one weight in ``wanted``, although it loads others; else ``None``."""
+
     def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
         """Return the tensors one quantized weight becomes: codes, scale, description."""
 

@@ -186,7 +186,7 @@ def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
         metadata = reader.metadata()
         family = detect_family(each.name for each in sources.tensors)
         filters = family.filters if recipe.filters is None else recipe.filters
-        decider = Decider(recipe, filters, conv1d=conv1d_weights(sources.tensors))
+        decider = Decider(recipe, filters, conv1d=conv1d_weights(sources.tensors), layout=layout)
         decisions = {each.name: decider.decide(each) for each in sources.tensors}
         if recipe.nonfinite == "keep":
             candidates = [each for each in sources.tensors if decisions[each.name].format]
@@ -230,7 +230,7 @@ def _assemble(
         if len(files) > 1:
             documents["model.safetensors.index.json"] = index_bytes(files)
         side_files = directory.side_files()
-    warnings = _warnings(layout, tensors, unmatched)
+    warnings = _warnings(recipe, layout, tensors, unmatched)
     return Plan(
         source,
         recipe,
@@ -273,12 +273,17 @@ def _check_names(groups: list[tuple[OutputTensor, ...]]) -> None:
         )
 
 
-def _warnings(layout: Layout, tensors: tuple[TensorPlan, ...], unmatched: list[str]) -> tuple[str, ...]:
+def _warnings(
+    recipe: Recipe, layout: Layout, tensors: tuple[TensorPlan, ...], unmatched: list[str]
+) -> tuple[str, ...]:
     warnings = []
     for wanted in dict.fromkeys(each.format for each in tensors if each.format and each.format.quantizes):
         support = layout.support(wanted)
         if not support.loads:
             warnings.append(f"{support.reader} cannot load {wanted}: {support.reason}")
+    kept, forced = _reader_limits(recipe, layout, tensors)
+    warnings += [f"{count} weights are not {recipe.format}: {reason}" for reason, count in kept.items()]
+    warnings += [f"{count} weights cannot be loaded: {reason}" for reason, count in forced.items()]
     if unmatched:
         warnings.append(
             f"{len(unmatched)} LoRA layers fit no weight and are not merged: {', '.join(unmatched[:5])}"
@@ -286,3 +291,21 @@ def _warnings(layout: Layout, tensors: tuple[TensorPlan, ...], unmatched: list[s
     for warning in warnings:
         log.warning(warning)
     return tuple(warnings)
+
+
+def _reader_limits(
+    recipe: Recipe, layout: Layout, tensors: tuple[TensorPlan, ...]
+) -> tuple[Counter[str], Counter[str]]:
+    """Count weights by what keeps the reader from them: left out for it, and quantized in spite of it."""
+    kept: Counter[str] = Counter()
+    forced: Counter[str] = Counter()
+    for each in tensors:
+        if len(each.source.shape) != 2:
+            continue
+        quantized = each.format if each.format and each.format.quantizes else None
+        reason = layout.obstacle(each.source, quantized or recipe.format)
+        if reason and quantized:
+            forced[reason] += 1
+        elif reason and reason in each.reason:
+            kept[reason] += 1
+    return kept, forced

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from qwodel.algorithms.fp8_decode import codes_to_float
+from qwodel.algorithms.hadamard import convrot_weight
 from qwodel.checkpoint.packed_fp4 import decode_mxfp4, decode_nvfp4, unswizzle_scales
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 
@@ -31,7 +33,7 @@ class PlainDecoder:
 
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
         stored = reader.get_rows(self.data, start, stop)
-        return stored if stored.dtype.itemsize > 1 else stored.float()
+        return stored if stored.dtype.itemsize > 1 else codes_to_float(stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class ScaledDecoder:
     block: tuple[int, ...]
 
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
-        codes = reader.get_rows(self.data, start, stop).float()
+        codes = codes_to_float(reader.get_rows(self.data, start, stop))
         return codes.mul_(self.spread(reader, start, stop, codes.shape))
 
     def spread(
@@ -71,6 +73,23 @@ class ScaledDecoder:
         window = [slice(None, n) for n in shape]
         window[0] = slice(skip, skip + shape[0])
         return scale[tuple(window)]
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedDecoder:
+    """ConvRot weights: scaled codes whose columns are rotated in groups.
+
+    Attributes:
+        rotated: decodes the rotated weight.
+        size: columns of a group.
+    """
+
+    rotated: ScaledDecoder
+    size: int
+
+    def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
+        rows = self.rotated.rows(reader, start, stop)
+        return convrot_weight(rows, self.size).to(rows.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from qwodel.algorithms.hadamard import convrot_group_size
 from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR, Granularity, QuantType
 from qwodel.exceptions import ConfigurationError, did_you_mean
 
@@ -18,12 +19,17 @@ __all__ = ["STORAGE_FORMATS", "StorageFormat", "storage_format"]
 
 @dataclass(frozen=True, slots=True)
 class StorageFormat:
-    """Either ``quant_type`` and ``granularity``, or ``cast_to`` (a safetensors dtype name)."""
+    """Either ``quant_type`` and ``granularity``, or ``cast_to`` (a safetensors dtype name).
+
+    Attributes:
+        convrot: columns are rotated in ConvRot groups before they are quantized.
+    """
 
     name: str
     quant_type: QuantType | None = None
     granularity: Granularity = TENSOR
     cast_to: str | None = None
+    convrot: bool = False
 
     @property
     def quantizes(self) -> bool:
@@ -34,6 +40,16 @@ class StorageFormat:
     def bits(self) -> int:
         """Bits per stored weight, scales not counted."""
         return self.quant_type.bits if self.quant_type else 16
+
+    def convrot_size(self, columns: int) -> int | None:
+        """The rotation's group size for a weight of so many columns; ``None`` where nothing is rotated."""
+        return convrot_group_size(columns) if self.convrot else None
+
+    def fitting(self, columns: int) -> StorageFormat:
+        """This format, or its form without rotation where no group size divides the columns."""
+        if self.convrot and convrot_group_size(columns) is None:
+            return storage_format("int8_row")
+        return self
 
     def with_block_size(self, size: int) -> StorageFormat:
         """The same format with square blocks of ``size`` instead of its own.
@@ -63,6 +79,7 @@ STORAGE_FORMATS = _table(
     StorageFormat("fp8_e5m2", FP8_E5M2, TENSOR),
     StorageFormat("int8_tensor", INT8, TENSOR),
     StorageFormat("int8_row", INT8, ROW),
+    StorageFormat("int8_convrot", INT8, ROW, convrot=True),
     StorageFormat("int8_block", INT8, Granularity.block(128)),
     StorageFormat("fp16", cast_to="F16"),
     StorageFormat("bf16", cast_to="BF16"),

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwodel.algorithms.quant_types import FP8_E5M2, INT8, ROW, TENSOR
+from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR
 from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.dtypes import dtype_name
 from qwodel.checkpoint.layout import OutputTensor, ReaderSupport, Role
@@ -30,6 +30,8 @@ __all__ = ["Activations", "TransformersLayout"]
 Activations = Literal["dynamic", "none"]
 
 _VLLM_BLOCK = 128
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_ANY_EXPERT = r"re:.*\.experts\.\d+\..*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,11 @@ class TransformersLayout:
                 "compressed-tensors has no FP8 E5M2, so no model directory can be written in it",
                 hint="use fp8_e4m3, or the comfyui layout",
             )
+        if wanted.convrot:
+            raise ConfigurationError(
+                "compressed-tensors readers do not rotate activations as ConvRot weights need",
+                hint="use layout='comfyui', or the format int8_row",
+            )
         granularity = wanted.granularity
         if wanted.quant_type == INT8 and granularity.is_block:
             return ReaderSupport(
@@ -83,6 +90,23 @@ class TransformersLayout:
                 False, reader, "vLLM has FP8 kernels for 128×128 blocks only; transformers decodes it"
             )
         return ReaderSupport(True, reader)
+
+    def obstacle(self, source: SourceTensor, wanted: StorageFormat) -> str | None:
+        if not wanted.quantizes:
+            return None
+        granularity = wanted.granularity
+        if _EXPERT.search(source.name) and (wanted.quant_type != FP8_E4M3 or granularity.is_block):
+            return "transformers merges experts as it loads and takes FP8 with tensor or row scales only"
+        if (
+            self.activations == "dynamic"
+            and granularity.is_block
+            and source.shape[1] % granularity.block_cols
+        ):
+            return (
+                f"{source.shape[1]} inputs are not whole activation groups of {granularity.block_cols}; "
+                "with activations='none' there are none"
+            )
+        return None
 
     def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
         assert wanted.quant_type is not None
@@ -131,6 +155,11 @@ class TransformersLayout:
             and len(each.source.shape) == 2
             and not (each.format and each.format.quantizes)
         ]
+        if formats[0].quant_type == INT8 and any(_EXPERT.search(f"{name}.") for name in kept):
+            # transformers looks for packed experts where the experts' group is an integer one, and
+            # would leave those stored as they were without values.
+            fp8 = StorageFormat("experts", FP8_E4M3, ROW)
+            groups[f"group_{len(groups)}"] = {"targets": [_ANY_EXPERT], **self._scheme(fp8)}
         if not any(name.endswith("lm_head") for name in kept):
             quantized_head = any(each.name.endswith("lm_head.weight") for each in plans)
             kept += [] if quantized_head else ["lm_head"]

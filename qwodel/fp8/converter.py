@@ -9,6 +9,7 @@ import torch
 from qwodel.algorithms.converter_options import rounding_options
 from qwodel.algorithms.quant_types import ROW, TENSOR, Granularity, quant_type
 from qwodel.algorithms.weight_rounding import round_weight
+from qwodel.checkpoint.streaming import resolve_device
 from qwodel.exceptions import ConfigurationError, did_you_mean
 
 __all__ = ["LearnedRoundingConverter"]
@@ -28,7 +29,8 @@ class LearnedRoundingConverter:
             ``block_size`` neighbouring weights of a row. Row and block scales are searched.
         block_size: weights in a block (mode ``"block"`` only); the last may be shorter.
         full_matrix: full SVD instead of a randomized one.
-        **kwargs: ``target_dtype`` (``torch.float8_e4m3fn`` or ``torch.float8_e5m2``) and the
+        **kwargs: ``device`` (where to compute, such as ``"cuda"`` or ``"auto"``; results come back to
+            the weight), ``target_dtype`` (``torch.float8_e4m3fn`` or ``torch.float8_e5m2``) and the
             fields of :class:`~qwodel.algorithms.learned_rounding.RoundingOptions` and
             :class:`~qwodel.algorithms.schedules.ScheduleOptions`, such as ``lr=0.01``.
 
@@ -67,6 +69,8 @@ class LearnedRoundingConverter:
             "max_k": max_k,
             "full_matrix": full_matrix,
         }
+        device = kwargs.pop("device", None)
+        self.device = None if device is None else resolve_device(device)
         self.options = rounding_options(optimizer, settings | kwargs)
 
     def convert(
@@ -91,15 +95,16 @@ class LearnedRoundingConverter:
             ValidationError: not a floating-point matrix, NaN or Inf in it, or statistics that do not fit.
             ConfigurationError: both kinds of statistics at once.
         """
+        back, there = W_orig.device, self.device or W_orig.device
         rounded = round_weight(
-            W_orig,
+            W_orig.to(there),
             self.quant_type,
             self.granularity,
             self.options,
-            activation_scales=activation_scales,
-            gram=gram,
+            activation_scales=None if activation_scales is None else activation_scales.to(there),
+            gram=None if gram is None else gram.to(there),
         ).quantized
         shape = {"tensor": (1,), "row": rounded.scale.shape, "block": (*rounded.scale.shape, 1)}[
             self.scaling_mode
         ]
-        return rounded.codes, rounded.scale.reshape(shape), rounded.dequantize()
+        return rounded.codes.to(back), rounded.scale.reshape(shape).to(back), rounded.dequantize().to(back)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qwodel.int8.constants import COMPUTE_DTYPE, INT8_SYMMETRIC_MAX, SCALE_DTYPE, TARGET_INT8_DTYPE
-from qwodel.int8.convert import Int8Conversion, convert_to_int8
+from qwodel.int8.convert import Int8Conversion, convert_to_int8, plan_int8
+from qwodel.int8.gptq import GPTQInt8Converter
 from qwodel.int8.learned_rounding import LearnedRoundingConverter
+from qwodel.int8.quip import QuIPInt8Converter
 
 if TYPE_CHECKING:
     from qwodel.checkpoint.layer_config import load_layer_config
@@ -26,8 +28,10 @@ __all__ = [
     "MODEL_FILTERS",
     "SCALE_DTYPE",
     "TARGET_INT8_DTYPE",
+    "GPTQInt8Converter",
     "Int8Conversion",
     "LearnedRoundingConverter",
+    "QuIPInt8Converter",
     "QualityReporter",
     "UnifiedSafetensorsLoader",
     "convert_to_int8",
@@ -36,6 +40,7 @@ __all__ = [
     "load_lora_tensors",
     "merge_lora_into_weight",
     "merge_multiple_loras",
+    "plan_int8",
 ]
 
 _HOME = {

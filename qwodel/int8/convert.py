@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.executor import make_executor
-from qwodel.checkpoint.plan import build_plan
+from qwodel.checkpoint.pipeline import executor_for, make_executor
+from qwodel.checkpoint.plan import Plan, build_plan
 from qwodel.checkpoint.verify import LayerQuality, verify
 from qwodel.exceptions import ValidationError
 from qwodel.int8.recipe import Int8Arguments
 from qwodel.output import StagedOutput, disk_errors, require_space
 
-__all__ = ["Int8Conversion", "convert_to_int8"]
+__all__ = ["Int8Conversion", "convert_to_int8", "plan_int8"]
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,14 @@ class Int8Conversion:
         quality: every quantized layer as the file decodes.
         below_threshold: names of layers whose SQNR is below ``quality_threshold``.
         warnings: what the user should know of the file.
+        fell_back: tensors that the CPU took over as the device's memory ran out.
     """
 
     path: Path
     quality: tuple[LayerQuality, ...]
     below_threshold: tuple[str, ...]
     warnings: tuple[str, ...]
+    fell_back: tuple[str, ...] = ()
 
 
 def convert_to_int8(
@@ -94,8 +97,8 @@ def convert_to_int8(
 
     The file is written aside, read back layer by layer and published in one
     rename, replacing ``output_file`` if it exists. Memory follows the largest
-    weight, with or without ``low_memory``; all computing is done on the CPU, so
-    ``streaming_mode`` has nothing to move there.
+    weight, with or without ``low_memory``. Computing is done on the CPU, where streaming
+    options have nothing to move, unless ``device`` says otherwise.
 
     Args:
         input_file: a ``.safetensors`` file, or a directory of shards.
@@ -112,12 +115,17 @@ def convert_to_int8(
             custom_heur: layers (by regular expression) with a format of their own; rounded to
             nearest when simple; shapes that do not suit are left to the other rules when heur.
         exclude_layers: regular expression of tensors to leave as they are.
+        low_memory: compute on the CPU, whatever ``device`` finds.
+        streaming_mode, streaming_thresholds, no_memory_limits: which weights are too large for
+            the device; see :class:`~qwodel.checkpoint.streaming.StreamingOptions`. The environment's
+            ``STREAMING_AGGRESSIVENESS`` picks the mode in place of the default one.
         report_quality: log every layer's SQNR, the worst first.
         quality_threshold: in dB; layers below are warned of.
         merge_lora_path, merge_lora_paths, merge_lora_scale, merge_lora_dampen: merged first;
             the k-th counts 0.9ᵏ when dampened.
         **converter_kwargs: ``scaling_mode`` (``"row"``, ``"tensor"`` or ``"block"``),
-            ``block_size``, ``optimizer`` and the options of learned rounding; ``workers``.
+            ``block_size``, ``optimizer`` and the options of learned rounding; ``workers``;
+            ``device`` (``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"auto"``).
 
     Raises:
         ConfigurationError: an argument is unknown, has a bad value or would have no effect.
@@ -125,36 +133,47 @@ def convert_to_int8(
         IntegrityError: the input is damaged, or the output does not read back.
         ResourceError: the disk is full.
     """
-    given = dict(locals())
-    fixed = (
-        "input_file",
-        "output_file",
-        "comfy_quant",
-        "filter_flags",
-        "calib_samples",
-        "seed",
-        "converter_kwargs",
-    )
-    options = {name: value for name, value in given.items() if name not in fixed}
-    executor = make_executor(int(converter_kwargs.pop("workers", 1)))
-    arguments = Int8Arguments(comfy_quant, filter_flags, calib_samples, seed, options, converter_kwargs)
-    source, target = Path(input_file), Path(output_file)
-    if source.resolve() == target.resolve():
-        raise ValidationError(f"{target} is the input itself", hint="choose another output_file")
-    plan = build_plan(source, arguments.recipe(), arguments.layout())
+    arguments = Int8Arguments.of(locals())
+    target = Path(output_file)
+    executor = executor_for(arguments.device(), arguments.workers(), arguments.streaming())
+    plan = _plan(Path(input_file), target, arguments)
     log.info("model family: %s", plan.family)
     with StagedOutput(target, overwrite=True) as output, disk_errors(f"writing {target.name}"):
         require_space(output.scratch, plan.output_bytes, f"making {target.name}")
-        quality = verify(convert(plan, output.path, executor=executor), executor=executor)
+        conversion = convert(plan, output.path, executor=executor)
+        quality = verify(conversion, executor=make_executor(arguments.workers()))
         output.publish(
             {
-                "input": str(source),
+                "input": str(input_file),
                 "quality": [layer.as_dict() for layer in quality],
                 "warnings": list(plan.warnings),
+                "fell_back_to_cpu": list(conversion.fell_back),
             }
         )
     below = _report(quality, quality_threshold, report_quality)
-    return Int8Conversion(target, quality, below, plan.warnings)
+    return Int8Conversion(target, quality, below, plan.warnings, conversion.fell_back)
+
+
+def plan_int8(*args: Any, **kwargs: Any) -> Plan:
+    """Return what :func:`convert_to_int8` would write with the same arguments, without writing anything.
+
+    Its ``table()`` has a line for every tensor with what becomes of it and why; ``output_bytes`` is
+    the exact size of the file.
+
+    Raises:
+        ConfigurationError: as :func:`convert_to_int8`.
+        ValidationError: as :func:`convert_to_int8`, but for NaN and Inf, which only reading weights finds.
+    """
+    bound = inspect.signature(convert_to_int8).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    return _plan(Path(given["input_file"]), Path(given["output_file"]), Int8Arguments.of(given))
+
+
+def _plan(source: Path, target: Path, arguments: Int8Arguments) -> Plan:
+    if source.resolve() == target.resolve():
+        raise ValidationError(f"{target} is the input itself", hint="choose another output_file")
+    return build_plan(source, arguments.recipe(), arguments.layout())
 
 
 def _report(quality: tuple[LayerQuality, ...], threshold: float, every_layer: bool) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from qwodel.algorithms.converter_options import rounding_options
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.weight_rounding import round_weight
+from qwodel.checkpoint.streaming import resolve_device
 from qwodel.exceptions import ConfigurationError, did_you_mean
 
 __all__ = ["LearnedRoundingConverter"]
@@ -31,7 +32,8 @@ class LearnedRoundingConverter:
         scaling_mode: ``"tensor"`` one scale, ``"row"`` one a row, ``"block"`` one for each
             square of ``block_size``, ``"group"`` one for ``block_size`` weights of a row.
         full_matrix: full SVD instead of a randomized one.
-        **kwargs: further fields of :class:`~qwodel.algorithms.learned_rounding.RoundingOptions`
+        **kwargs: ``device`` (where to compute, such as ``"cuda"`` or ``"auto"``; results come back to
+            the weight) and further fields of :class:`~qwodel.algorithms.learned_rounding.RoundingOptions`
             and :class:`~qwodel.algorithms.schedules.ScheduleOptions`.
 
     Raises:
@@ -74,7 +76,9 @@ class LearnedRoundingConverter:
             "max_k": max_k,
             "full_matrix": full_matrix,
         }
+        device = kwargs.pop("device", None)
         self.options = rounding_options(optimizer, settings | kwargs)
+        self.device = None if device is None else resolve_device(device)
 
     def convert(
         self,
@@ -98,7 +102,14 @@ class LearnedRoundingConverter:
             ValidationError: not a floating-point matrix, NaN or Inf in it, or statistics that do not fit.
             ConfigurationError: both kinds of statistics at once.
         """
+        there = self.device or weight.device
         rounded = round_weight(
-            weight, INT8, self.granularity, self.options, activation_scales=activation_scales, gram=gram
+            weight.to(there),
+            INT8,
+            self.granularity,
+            self.options,
+            activation_scales=None if activation_scales is None else activation_scales.to(there),
+            gram=None if gram is None else gram.to(there),
         ).quantized
-        return rounded.codes, rounded.scale, rounded.dequantize()
+        back = weight.device
+        return rounded.codes.to(back), rounded.scale.to(back), rounded.dequantize().to(back)

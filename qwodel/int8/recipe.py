@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwodel.algorithms.converter_options import rounding_options
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.layer_config import LayerConfig
@@ -15,16 +17,23 @@ from qwodel.checkpoint.layer_filters import validate_filters
 from qwodel.checkpoint.recipe import LayerOverride, LoraSource, Recipe
 from qwodel.checkpoint.rounding import Learned, Nearest, Rounding
 from qwodel.checkpoint.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.streaming import StreamingOptions, resolve_device
 from qwodel.exceptions import ConfigurationError, did_you_mean
 
 __all__ = ["Int8Arguments"]
 
-_STREAMING_MODES = ("off", "balanced", "auto")
-"""Modes that ask for nothing where there is no device to move work from."""
+_DEFAULT_STREAMING = "balanced"
+_AGGRESSIVENESS = {"conservative": "minimal", "balanced": "balanced", "aggressive": "aggressive"}
+"""STREAMING_AGGRESSIVENESS in the environment → the mode that stands for the default one."""
 _NEUTRAL_ENVIRONMENT = {
-    "ENABLE_MIXED_HADAMARD": ("auto", "no method of this release computes a Hadamard transform"),
-    "MIXED_HADAMARD_DTYPE": ("bfloat16", "no method of this release computes a Hadamard transform"),
-    "STREAMING_AGGRESSIVENESS": ("balanced", "everything is computed on the CPU, a few rows at a time"),
+    "ENABLE_MIXED_HADAMARD": (
+        "auto",
+        "Hadamard transforms are computed in fp64 here: one that is rounded cannot be undone",
+    ),
+    "MIXED_HADAMARD_DTYPE": (
+        "bfloat16",
+        "Hadamard transforms are computed in fp64 here: one that is rounded cannot be undone",
+    ),
 }
 _SCALING_MODES = ("tensor", "row", "block")
 _LEARNING = {"optimizer": "original", "num_iter": 1000, "lr": 0.008, "top_p": 0.2, "min_k": 64, "max_k": 1024}
@@ -48,8 +57,6 @@ _UNSUPPORTED = {
     "smoothquant": (False, "its factors need real activations, and readers of INT8 files cannot undo them"),
     "calibration_data_path": (None, "this release chooses codes from the weights alone"),
     "calibration_lora_path": (None, "this release chooses codes from the weights alone"),
-    "streaming_thresholds": (None, "everything is computed on the CPU, a few rows at a time"),
-    "no_memory_limits": (False, "there are no limits to lift: memory follows the largest tensor"),
 }
 
 
@@ -63,6 +70,14 @@ class Int8Arguments:
     seed: int
     options: Mapping[str, Any]
     converter: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Int8Arguments:
+        """Sort all arguments of the function, by name."""
+        own = {name: given[name] for name in ("comfy_quant", "filter_flags", "calib_samples", "seed")}
+        others = (*own, "input_file", "output_file", "converter_kwargs")
+        options = {name: value for name, value in given.items() if name not in others}
+        return cls(**own, options=options, converter=given.get("converter_kwargs", {}))
 
     def check(self) -> None:
         """Refuse what would have no effect.
@@ -88,12 +103,6 @@ class Int8Arguments:
                 for name, neutral in dependents.items():
                     if self.options[name] != neutral:
                         raise ConfigurationError(f"{name} has an effect with {' or '.join(owner)} only")
-        if self.options["streaming_mode"] not in _STREAMING_MODES:
-            raise ConfigurationError(
-                f"streaming_mode={self.options['streaming_mode']!r} has nothing to act on: "
-                "everything is computed on the CPU, a few rows at a time",
-                hint=f"modes that can be given: {', '.join(_STREAMING_MODES)}",
-            )
         for name, (default, why) in _NEUTRAL_ENVIRONMENT.items():
             if os.environ.get(name, default) != default:
                 raise ConfigurationError(
@@ -102,6 +111,43 @@ class Int8Arguments:
                 )
         if self.calib_samples < 0:
             raise ConfigurationError(f"calib_samples counts samples, so it is not {self.calib_samples}")
+
+    def device(self) -> torch.device:
+        """Return where codes are computed: the CPU unless ``device`` says otherwise; ``low_memory`` forces it.
+
+        Raises:
+            ConfigurationError: there is no such device, or ``low_memory`` forbids it.
+        """
+        name = str(self.converter.get("device", "cpu"))
+        device = resolve_device("cpu" if name == "auto" and self.options["low_memory"] else name)
+        if device.type != "cpu" and self.options["low_memory"]:
+            raise ConfigurationError(
+                f"low_memory computes on the CPU, so device={name!r} contradicts it", hint="drop one of them"
+            )
+        return device
+
+    def streaming(self) -> StreamingOptions:
+        """Return how weights are shared out between a device and the CPU.
+
+        Raises:
+            ConfigurationError: an unknown mode or threshold, or a bad value in the environment.
+        """
+        mode = self.options["streaming_mode"]
+        variable = "STREAMING_AGGRESSIVENESS"
+        named = os.environ.get(variable, "balanced")
+        if named not in _AGGRESSIVENESS:
+            raise ConfigurationError(
+                f"the environment sets {variable}={named}, which is none of {', '.join(_AGGRESSIVENESS)}",
+                hint=did_you_mean(named, _AGGRESSIVENESS) or f"unset {variable}",
+            )
+        if mode == _DEFAULT_STREAMING:
+            mode = _AGGRESSIVENESS[named]
+        overrides = self.options["streaming_thresholds"] or {}
+        return StreamingOptions(mode, overrides, self.options["no_memory_limits"])
+
+    def workers(self) -> int:
+        """Return how many processes work on tensors on the CPU."""
+        return int(self.converter.get("workers", 1))
 
     def layout(self) -> ComfyUILayout:
         """Return the layout of the output file."""
@@ -119,6 +165,7 @@ class Int8Arguments:
             ConfigurationError: an argument has a bad value.
         """
         self.check()
+        self.streaming()
         options = self.options
         rounding = self._rounding()
         filters = validate_filters(self.filter_flags)
@@ -165,7 +212,7 @@ class Int8Arguments:
         extra = {
             name: value
             for name, value in self.converter.items()
-            if name not in ("scaling_mode", "block_size")
+            if name not in ("scaling_mode", "block_size", "device", "workers")
         }
         if self.options["no_learned_rounding"] or self.options["fp16"]:
             if extra:

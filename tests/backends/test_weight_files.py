@@ -3,13 +3,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import qwodel.backends.weight_files as weight_files
+import qwodel.checkpoint.tensor_work as tensor_work
 from qwodel.backends.fp8 import FP8Quantizer
 from qwodel.backends.int8 import INT8Quantizer
+from qwodel.checkpoint.pipeline import PipelineExecutor
+from qwodel.checkpoint.plan import TensorPlan
+from qwodel.checkpoint.tensor_compute import compute_tensor
 from qwodel.exceptions import ConfigurationError, FormatNotSupportedError, ValidationError
 from qwodel.quantizer import Quantizer
 from qwodel.source import inspect_source
@@ -38,7 +44,7 @@ def single(tmp_path: Path) -> Path:
     ("backend", "formats"),
     [
         (FP8Quantizer, ["fp8_e4m3", "fp8_e4m3_row", "fp8_e4m3_block", "fp8_e5m2"]),
-        (INT8Quantizer, ["int8_row", "int8_tensor", "int8_block", "fp16"]),
+        (INT8Quantizer, ["int8_row", "int8_convrot", "int8_tensor", "int8_block", "fp16"]),
     ],
 )
 def test_formats(backend: type[FP8Quantizer], formats: list[str]) -> None:
@@ -90,6 +96,39 @@ def test_every_optimizer_gives_the_same_bytes_with_any_workers(
         path = Quantizer("fp8", single, out, optimizer=optimizer, workers=workers).quantize("fp8_e4m3_row")
         digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
     assert len(digests) == 1
+
+
+def test_a_device_that_is_not_there_is_refused_before_work(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="'cuda:1' is not there") as caught:
+        Quantizer("int8", single, tmp_path / "out", device="cuda:1").quantize("int8_row")
+    assert caught.value.hint
+    quantizer = Quantizer("int8", single, tmp_path / "out", device="auto")
+    quantizer.quantize("int8_row")
+    info = quantizer.get_model_info()
+    assert (info["device"], info["fell_back_to_cpu"]) == ("cpu", [])
+
+
+def test_what_the_device_could_not_take_is_in_the_manifest(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline whose first attempt at one layer runs out of memory, in place of a GPU."""
+    failed: list[str] = []
+
+    def compute(plan: TensorPlan, *arguments: Any) -> Any:
+        if plan.name == f"{LAYER}.weight" and not failed:
+            failed.append(plan.name)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (yield from compute_tensor(plan, *arguments))
+
+    monkeypatch.setattr(tensor_work, "compute_tensor", compute)
+    monkeypatch.setattr(weight_files, "executor_for", lambda device, _: PipelineExecutor(device))
+    path = Quantizer("int8", single, tmp_path / "out").quantize("int8_row")
+    manifest = json.loads(path.with_name("bare-int8_row.manifest.json").read_text())
+    assert manifest["fell_back_to_cpu"] == [f"{LAYER}.weight"]
+    assert manifest["device"] == "cpu"
 
 
 def test_dry_run_knows_the_size(single: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwodel.checkpoint.layer_config import LayerConfig
+from qwodel.checkpoint.recipe import LayerOverride
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.transformers_layout import TransformersLayout
 from qwodel.exceptions import ConfigurationError
@@ -45,7 +46,9 @@ def load(folder: Path) -> torch.nn.Module:
     "name", ["fp8_e4m3", "fp8_e4m3_row", "fp8_e4m3_block", "int8_tensor", "int8_row", "int8_block"]
 )
 def test_transformers_decodes_to_what_is_reported(llama: Path, tmp_path: Path, name: str) -> None:
-    _, quality = run(llama, tmp_path / "out", TransformersLayout(), format=name)
+    # These layers are narrower than a block, which activation groups cannot follow.
+    layout = TransformersLayout("none" if name.endswith("block") else "dynamic")
+    _, quality = run(llama, tmp_path / "out", layout, format=name)
     weights = dict(load(tmp_path / "out").named_parameters())
     source = load_file(llama / "model.safetensors")
     assert len(quality) == 14
@@ -122,8 +125,116 @@ def test_transposed_conv1d_weights_stay(tmp_path: Path) -> None:
     config = transformers.GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=100, n_positions=32)
     model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "in")
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match=r"4 × stored \[in, out\]"):
         run(tmp_path / "in", tmp_path / "out", TransformersLayout())
+
+
+def test_a_linear_beside_conv1d_layers_is_quantized_and_loads(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        n_embd=48, n_layer=1, n_head=4, vocab_size=100, n_positions=32, num_labels=8, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "in")
+    custom = LayerOverride("score", storage_format("int8_row"))
+    conversion, quality = run(
+        tmp_path / "in", tmp_path / "out", TransformersLayout("none"), custom_layers=custom
+    )
+    assert list(quality) == ["score.weight"]
+    reasons = {each.name: each.reason for each in conversion.plan.tensors}
+    assert sum("Conv1D" in reason for reason in reasons.values()) == 4
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert sqnr(model(ids).logits, loaded(ids).logits) > 35
+
+
+def mixture(kind: str, folder: Path) -> Path:
+    """A tiny mixture of experts, saved as transformers saves them: one matrix an expert."""
+    torch.manual_seed(0)
+    common = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 100, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    if kind == "mixtral":
+        config = transformers.MixtralConfig(intermediate_size=96, num_local_experts=4, **common)
+    else:
+        config = transformers.Qwen3MoeConfig(
+            intermediate_size=64, moe_intermediate_size=32, num_experts=4, head_dim=16, **common
+        )
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """Logits of a model as it loads; every tensor of the file must have found its place."""
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(found.values()), found
+    with torch.no_grad():
+        output: torch.Tensor = model(torch.arange(1, 33)[None]).logits.float()
+    return output
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_row"])
+def test_experts_stored_one_by_one_are_quantized_and_load(tmp_path: Path, kind: str, name: str) -> None:
+    source = mixture(kind, tmp_path / "in")
+    _, quality = run(source, tmp_path / "out", TransformersLayout("none"), format=name)
+    assert sum(".experts." in key for key in quality) == 24
+    assert len(quality) == 32
+    assert sqnr(logits(source), logits(tmp_path / "out")) > 25
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["int8_row", "int8_tensor", "fp8_e4m3_block"])
+def test_experts_that_transformers_cannot_read_stay(tmp_path: Path, kind: str, name: str) -> None:
+    source = mixture(kind, tmp_path / "in")
+    size = 32 if "block" in name else None
+    conversion, quality = run(
+        source, tmp_path / "out", TransformersLayout("none"), format=name, block_size=size
+    )
+    assert len(quality) == 8
+    assert not any(".experts." in key for key in quality)
+    assert any("24 weights" in warning and "experts" in warning for warning in conversion.plan.warnings)
+    assert sqnr(logits(source), logits(tmp_path / "out")) > 20
+
+
+@pytest.mark.parametrize("by", ["fallback", "layer_config"])
+def test_int8_layers_and_fp8_experts_load_together(tmp_path: Path, by: str) -> None:
+    source = mixture("qwen3_moe", tmp_path / "in")
+    rules = LayerConfig.from_mapping({"layer_patterns": {"experts": {"format": "fp8_e4m3_row"}}})
+    extra = {"fallback": storage_format("fp8_e4m3_row")} if by == "fallback" else {"layer_config": rules}
+    _, quality = run(source, tmp_path / "out", TransformersLayout("none"), format="int8_row", **extra)
+    formats = {(".experts." in key, found.format) for key, found in quality.items()}
+    assert formats == {(True, "float8_e4m3fn row"), (False, "int8 row")}
+    assert sqnr(logits(source), logits(tmp_path / "out")) > 30
+
+
+def test_a_rule_that_names_experts_is_followed_with_a_warning(tmp_path: Path) -> None:
+    source = mixture("mixtral", tmp_path / "in")
+    custom = LayerOverride("experts", storage_format("int8_row"))
+    conversion, quality = run(source, tmp_path / "out", TransformersLayout(), custom_layers=custom)
+    assert len(quality) == 32
+    assert any("24 weights cannot be loaded" in warning for warning in conversion.plan.warnings)
+
+
+def test_blocks_that_cut_activation_groups_stay(llama: Path, tmp_path: Path) -> None:
+    """64 inputs are two groups of 32, 160 are five; neither is whole groups of 48."""
+    _, quality = run(llama, tmp_path / "a", TransformersLayout(), format="fp8_e4m3_block", block_size=32)
+    assert len(quality) == 14
+    with torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+        assert model(torch.arange(1, 9)[None]).logits.isfinite().all()
+    with pytest.raises(ValueError, match="activation groups of 48"):
+        run(llama, tmp_path / "b", TransformersLayout(), format="fp8_e4m3_block", block_size=48)
+    _, quality = run(
+        llama, tmp_path / "c", TransformersLayout("none"), format="fp8_e4m3_block", block_size=48
+    )
+    assert len(quality) == 14
 
 
 def test_fused_experts_and_routers_stay(tmp_path: Path) -> None:
@@ -131,6 +242,7 @@ def test_fused_experts_and_routers_stay(tmp_path: Path) -> None:
         hidden_size=48, intermediate_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
         num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=100, head_dim=12,
     )  # fmt: skip
+    torch.manual_seed(0)
     model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     from safetensors.torch import save_file
@@ -146,6 +258,7 @@ def test_fused_experts_and_routers_stay(tmp_path: Path) -> None:
     assert all("expert" in reasons[name] for name in fused)
     assert not any(".gate.weight" in name for name in quality)
     assert any("q_proj" in name for name in quality)
+    assert sqnr(logits(tmp_path / "in"), logits(tmp_path / "out")) > 20
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not here")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import qwodel.int8 as int8
 from qwodel.algorithms.quant_types import INT8, ROW
 from qwodel.algorithms.scales import quantize
 from qwodel.exceptions import ConfigurationError
+from qwodel.fp8 import LearnedRoundingConverter as Fp8Converter
+from qwodel.int8 import LearnedRoundingConverter
 
 
 def weight_of(rows: int = 96, cols: int = 150) -> torch.Tensor:
@@ -76,3 +79,31 @@ def test_bad_arguments():
 
 def test_every_public_name_is_listed():
     assert set(int8.__all__) <= set(dir(int8))
+
+
+@pytest.mark.parametrize("converter", [LearnedRoundingConverter, Fp8Converter])
+def test_a_device_is_used_or_refused(converter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    gram = torch.eye(40)
+    plain, placed = converter(num_iter=5), converter(num_iter=5, device="cpu")
+    for one, other in zip(plain.convert(weight, gram=gram), placed.convert(weight, gram=gram), strict=True):
+        assert torch.equal(one.float(), other.float())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="'cuda' is not there"):
+        converter(device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("converter", [LearnedRoundingConverter, Fp8Converter])
+def test_learning_on_cuda_is_as_good_and_comes_back(converter: Any) -> None:
+    weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(512, 160, generator=torch.Generator().manual_seed(1))
+    gram = inputs.T @ inputs
+    here, there = (
+        converter().convert(weight, gram=gram)[2],
+        converter(device="cuda").convert(weight, gram=gram)[2],
+    )
+    assert there.device == weight.device
+    losses = [float(((each - weight) @ gram * (each - weight)).sum()) for each in (here, there)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

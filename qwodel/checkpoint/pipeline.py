@@ -1,0 +1,297 @@
+"""Reading, computing and writing at the same time, with the computing on a device.
+
+One thread reads ahead, the calling thread computes, one thread writes behind.
+The queues between them are bounded in bytes, so memory follows the largest
+piece and not the checkpoint. Sums keep the order a serial run has, so on the
+CPU the bytes are the same; on a device rounding to nearest gives them too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from qwodel.checkpoint.executor import Executor, ProcessExecutor, ThreadExecutor, Worker
+from qwodel.checkpoint.streaming import StreamingOptions, device_memory
+from qwodel.exceptions import ConversionError, ResourceError
+from qwodel.hardware import cpu_count
+
+__all__ = ["PipelineExecutor", "StagedWorker", "executor_for", "make_executor"]
+
+log = logging.getLogger(__name__)
+
+QUEUE_BYTES = 32 << 20
+"""What may wait between two stages; a larger piece waits alone."""
+
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+ItemT = TypeVar("ItemT")
+_CPU = torch.device("cpu")
+_THREADS = 4  # more would wait for the disk
+_OUTGROWN = 0.75  # of its thresholds are left to a device that ran out of memory
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+@runtime_checkable
+class StagedWorker(Protocol):
+    """A worker whose tasks come apart into reading, computing and writing, each in a thread of its own."""
+
+    def needs(self, plan: Any) -> Mapping[str, int]:
+        """Sizes of a task by the names of streaming thresholds."""
+
+    def read(self, plan: Any) -> Iterator[torch.Tensor]:
+        """Yield the pieces of a task, on the CPU."""
+
+    def compute(
+        self, plan: Any, pieces: Iterator[torch.Tensor], device: torch.device
+    ) -> Generator[Any, None, Any]:
+        """Consume all pieces, yield what :meth:`write` takes, return the result."""
+
+    def write(self, item: Any) -> None:
+        """Carry out one write."""
+
+    def fell_back(self, result: Any) -> Any:
+        """Mark the result of a second attempt, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineExecutor:
+    """Three stages in three threads.
+
+    Workers that are no :class:`StagedWorker` run in a few threads instead.
+
+    Attributes:
+        device: where tasks are computed that the streaming options leave there.
+        streaming: which tasks go to the CPU, and what happens when memory runs out.
+        free_memory: bytes that are free on a device; ``None`` where nobody can say.
+    """
+
+    device: torch.device
+    streaming: StreamingOptions = field(default_factory=StreamingOptions)
+    free_memory: Callable[[torch.device], int | None] = device_memory
+
+    def run(
+        self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]:
+        """See :class:`~qwodel.checkpoint.executor.Executor`.
+
+        Raises:
+            ResourceError: the device's memory ran out where it may not, or the CPU's after it.
+        """
+        with factory() as worker:
+            if isinstance(worker, StagedWorker):
+                # Threads share BLAS, whose sums depend on how many it uses.
+                before = torch.get_num_threads()
+                torch.set_num_threads(1)
+                try:
+                    with closing(_Run(self, worker, list(tasks)).results()) as results:
+                        yield from results
+                finally:
+                    torch.set_num_threads(before)
+                return
+        with closing(ThreadExecutor(min(cpu_count(), _THREADS)).run(factory, tasks)) as results:
+            yield from results
+
+
+def executor_for(
+    device: torch.device, workers: int = 1, streaming: StreamingOptions | None = None
+) -> Executor:
+    """Return the executor of a conversion: a pipeline, or ``workers`` processes on the CPU.
+
+    Raises:
+        ConfigurationError: ``workers`` is below 1.
+    """
+    if device.type == "cpu":
+        log.debug("everything is computed on the CPU, so streaming modes have nothing to move")
+        if workers != 1:
+            return ProcessExecutor(workers)
+    return PipelineExecutor(device, streaming or StreamingOptions())
+
+
+def make_executor(workers: int = 1) -> Executor:
+    """Return an executor on the CPU: ``workers`` processes, or with 1 some threads of this one.
+
+    Raises:
+        ConfigurationError: ``workers`` is below 1.
+    """
+    return executor_for(_CPU, workers)
+
+
+class _Run:
+    """The threads and queues of one run."""
+
+    def __init__(self, executor: PipelineExecutor, worker: StagedWorker, tasks: Sequence[Any]) -> None:
+        self.device, self.streaming = executor.device, executor.streaming
+        self.thresholds = executor.streaming.thresholds_for(executor.free_memory(executor.device))
+        self.worker, self.tasks = worker, tasks
+        self.pieces: _Queue[torch.Tensor] = _Queue(QUEUE_BYTES)
+        self.writes: _Queue[_Sized] = _Queue(QUEUE_BYTES)
+
+    def results(self) -> Generator[Any, None, None]:
+        threads = [
+            threading.Thread(target=self._stage, args=(self._read, self.pieces), name="qwodel-read"),
+            threading.Thread(target=self._stage, args=(self._write, self.writes), name="qwodel-write"),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for task in self.tasks:
+                yield self._compute(task)
+            self.writes.finish()
+            threads[1].join()
+            self.writes.check()
+        finally:
+            self.pieces.stop()
+            self.writes.stop()
+            for thread in threads:
+                thread.join()
+
+    def _stage(self, work: Callable[[], None], queue: _Queue[Any]) -> None:
+        """A thread's body: what fails in it is raised by whoever uses its queue."""
+        torch.set_num_threads(1)
+        try:
+            work()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            queue.fail(error)
+
+    def _read(self) -> None:
+        for task in self.tasks:
+            for piece in self.worker.read(task):
+                # A copy from pinned memory does not hold the computing thread up.
+                ready = piece.pin_memory() if self.device.type == "cuda" else piece
+                self.pieces.put(ready, ready.nbytes)
+            self.pieces.put(None, 0)
+
+    def _write(self) -> None:
+        while (item := self.writes.get()) is not None:
+            self.worker.write(item)
+
+    def _compute(self, task: Any) -> Any:
+        device = self._place(task)
+        pieces = iter(self.pieces.get, None)
+        try:
+            return self._carry_out(task, pieces, device)
+        except torch.OutOfMemoryError as error:
+            if self.streaming.no_memory_limits:
+                raise ResourceError(
+                    f"{_name(task)}: {self.device} ran out of memory",
+                    hint="drop no_memory_limits, and what does not fit is computed on the CPU",
+                ) from error
+            log.warning("%s does not fit into the memory of %s; the CPU takes it", _name(task), device)
+        # Out here nothing of the failed attempt is alive.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.streaming.mode == "auto":
+            self.thresholds = self.thresholds.scaled(_OUTGROWN)
+        for _ in pieces:
+            pass
+        return self.worker.fell_back(self._again(task))
+
+    def _again(self, task: Any) -> Any:
+        try:
+            return self._carry_out(task, self.worker.read(task), _CPU)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(f"{_name(task)}: memory ran out on {self.device}, then on the CPU") from error
+
+    def _place(self, task: Any) -> torch.device:
+        over = self.thresholds.exceeded(self.worker.needs(task))
+        if over and self.device.type != "cpu":
+            log.debug("%s is computed on the CPU: %s", _name(task), over)
+        return _CPU if over else self.device
+
+    def _carry_out(self, task: Any, pieces: Iterator[torch.Tensor], device: torch.device) -> Any:
+        work = self.worker.compute(task, pieces, device)
+        while True:
+            try:
+                item = next(work)
+            except StopIteration as end:
+                if next(pieces, None) is not None:
+                    raise ConversionError(f"{_name(task)}: more was read than computed") from None
+                return end.value
+            self.writes.put(item, item.nbytes)
+
+
+def _name(task: Any) -> str:
+    return str(getattr(task, "name", task))
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error: the run is over
+    """The other side of a queue has gone."""
+
+
+class _Queue(Generic[ItemT]):
+    """A first-in first-out queue bounded in bytes; ``None`` is an item like any other and ends a sequence."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items: deque[tuple[ItemT | None, int]] = deque()
+        self._bytes = 0
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def put(self, item: ItemT | None, nbytes: int) -> None:
+        """Append an item once there is room for it."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._over() or not self._bytes or self._bytes + nbytes <= self._limit
+            )
+            self._raise()
+            self._items.append((item, nbytes))
+            self._bytes += nbytes
+            self._changed.notify_all()
+
+    def get(self) -> ItemT | None:
+        """Take the first item off, once there is one."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._items) or self._over())
+            if not self._items:
+                self._raise()
+            item, nbytes = self._items.popleft()
+            self._bytes -= nbytes
+            self._changed.notify_all()
+            return item
+
+    def finish(self) -> None:
+        """Put the end of the sequence."""
+        self.put(None, 0)
+
+    def stop(self) -> None:
+        """Wake both sides; nothing more goes through."""
+        with self._changed:
+            self._stopped = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Let the other side raise ``error``."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise what the other side failed with, if it did."""
+        if self._error:
+            raise self._error
+
+    def _over(self) -> bool:
+        return self._stopped or self._error is not None
+
+    def _raise(self) -> None:
+        if self._error:
+            raise self._error
+        if self._stopped:
+            raise _Stopped

@@ -1,0 +1,156 @@
+"""Collecting activation statistics of any torch module: diffusion transformers, encoders, anything that runs."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwodel.algorithms.gram import InputStatistics
+from qwodel.checkpoint.statistics import StatisticsEntry, write_statistics
+from qwodel.exceptions import CalibrationError, ConfigurationError
+from qwodel.modeling.recorder import InputGroup, InputRecorder, LayerId, is_fused_experts, is_linear
+from qwodel.output import StagedOutput, disk_errors
+from qwodel.progress import Progress, ProgressCallback
+
+__all__ = ["collect_statistics", "run_batch"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MEMORY = 4 << 30
+"""Bytes of Gram matrices held in memory before further ones are spilled to disk."""
+
+
+def collect_statistics(
+    module: nn.Module,
+    batches: Iterable[Any],
+    path: Path | str,
+    *,
+    layers: Sequence[str] | None = None,
+    gram: bool = True,
+    memory: int = DEFAULT_MEMORY,
+    scratch: Path | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress_callback: ProgressCallback | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Run a module on calibration batches and keep what its linear layers read.
+
+    The module runs as it is, on its own device and in its own dtype. A layer of N inputs takes N²
+    numbers of 8 bytes; those beyond ``memory`` are summed in files that the system may page out.
+
+    Args:
+        module: any torch module; it is not changed.
+        batches: each a tensor, a tuple of positional or a mapping of keyword arguments.
+        path: the statistics file to write; both weight backends and ``convert_to_int8`` read it.
+        layers: names of the layers to watch, without ``.weight``; all linear ones if not given.
+        gram: keep Gram matrices. Without them the file serves for activation scales only.
+        memory: bytes of Gram matrices held in memory.
+        scratch: folder for those beyond it; beside ``path`` if not given.
+        forward: calls the module on a batch, where that takes more than calling it.
+        progress_callback: gets ``(percent, stage, message)``.
+        overwrite: replace an existing file.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ConfigurationError: a name in ``layers`` is no linear layer of the module.
+        CalibrationError: there were no batches, or no layer was run.
+        ValidationError: NaN or Inf among a layer's inputs.
+        Cancelled: the progress callback raised; nothing is left behind.
+    """
+    watched = _watched(module, layers)
+    progress = Progress(progress_callback, {"calibrate": 90, "publish": 10})
+    progress.stage("calibrate", f"{len(watched)} layers")
+    total = len(batches) if isinstance(batches, Sequence) else 0
+    target = Path(path)
+    with (
+        StagedOutput(target, overwrite=overwrite) as output,
+        tempfile.TemporaryDirectory(dir=scratch or output.scratch, prefix="gram-") as spill,
+        disk_errors(f"collecting statistics for {target}"),
+    ):
+        recorder = InputRecorder(watched, gram, _Spilling(Path(spill), memory))
+        count = 0
+        with recorder, torch.no_grad():
+            for batch in batches:
+                (forward or run_batch)(module, batch)
+                recorder.end_pass()
+                count += 1
+                progress.update(min(count, total), max(total, count), f"batch {count}")
+        if not count:
+            raise CalibrationError("there were no calibration batches")
+        groups = recorder.groups()
+        if not groups:
+            raise CalibrationError("no linear layer of the module was run on the calibration batches")
+        if unseen := sorted(name for name in watched if not _was_seen(name, recorder.seen())):
+            log.warning("%d layers were never run: %s", len(unseen), ", ".join(unseen[:5]))
+        progress.stage("publish", target.name)
+        described = [_entry(group, gram) for group in groups]
+        write_statistics(output.path, _results(groups, described), described)
+        output.publish({"layers": {entry.layers[0]: entry.count for entry in described}, "batches": count})
+    progress.complete(str(target))
+    return target
+
+
+def run_batch(module: nn.Module, batch: Any) -> Any:
+    """Call a module on a tensor, on a tuple of positional or on a mapping of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*batch) if isinstance(batch, tuple | list) else module(batch)
+
+
+def _watched(module: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
+    found = {name: each for name, each in module.named_modules() if is_linear(each) or is_fused_experts(each)}
+    if layers is None:
+        return found
+    if unknown := [name for name in layers if name not in found]:
+        raise ConfigurationError(
+            f"{unknown[0]!r} is no linear layer of the module", hint=f"it has {', '.join(list(found)[:5])} …"
+        )
+    return {name: found[name] for name in layers}
+
+
+def _was_seen(name: str, seen: frozenset[LayerId]) -> bool:
+    return any(parameter.rpartition(".")[0] == name for parameter, _ in seen)
+
+
+def _entry(group: InputGroup, gram: bool) -> StatisticsEntry:
+    names = tuple(_layer(*layer) for layer in group.layers)
+    return StatisticsEntry(names, group.sums.columns, group.sums.count, gram)
+
+
+def _layer(parameter: str, expert: int | None) -> str:
+    name = parameter.removesuffix(".weight")
+    return name if expert is None else f"{name}.{expert}"
+
+
+def _results(
+    groups: Sequence[InputGroup], described: Sequence[StatisticsEntry]
+) -> Iterator[tuple[StatisticsEntry, InputStatistics]]:
+    for group, entry in zip(groups, described, strict=True):
+        yield entry, group.sums.result()
+
+
+class _Spilling:
+    """Makes the buffers of Gram matrices: in memory up to a limit, then in mapped files."""
+
+    def __init__(self, folder: Path, memory: int) -> None:
+        self._folder, self._left, self._files = folder, memory, 0
+
+    def __call__(self, columns: int) -> torch.Tensor:
+        size = 8 * columns * columns
+        if size <= self._left:
+            self._left -= size
+            return torch.zeros(columns, columns, dtype=torch.float64)
+        self._files += 1
+        path = self._folder / f"{self._files}.gram"
+        with path.open("wb") as file:
+            file.truncate(size)
+        mapped = torch.from_file(str(path), shared=True, size=columns * columns, dtype=torch.float64)
+        return mapped.reshape(columns, columns)
