@@ -86,6 +86,8 @@ def test_experts_are_quantized_each_and_routers_are_not(tmp_path: Path) -> None:
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     assert info["untouched"] == []
     assert info["layers"] == 2 * (4 + 4 * 3)
+    assert len(info["expert_tokens"]) == 2 * 4 * 3
+    assert len(set(info["expert_tokens"].values())) == 1  # all experts see all tokens
     assert any(name.endswith("mlp.gate") or "lm_head" in name for name in config["ignore"])
     from qwodel.backends.awq.verify import stored_tensors
 
