@@ -18,6 +18,7 @@ from qwodel.exceptions import (
     CalibrationError,
     Cancelled,
     ConfigurationError,
+    ConversionError,
     IntegrityError,
     QuantizationError,
     ResourceError,
@@ -251,6 +252,19 @@ def test_cancelling_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_error_of_a_process_is_the_runs_error(tmp_path: Path) -> None:
+    for error, kind in [
+        (ConfigurationError("x divides nothing", hint="take 32"), ConfigurationError),
+        (torch.OutOfMemoryError("CUDA out of memory"), MemoryError),
+        (KeyError("odd"), ConversionError),
+    ]:
+        launch._write_error(error, tmp_path, 1)
+        found = launch._read_error(tmp_path / "error-1.json")
+        assert type(found) is kind
+        assert str(found) == str(error)
+        assert getattr(found, "hint", None) == getattr(error, "hint", None)
+
+
 @pytest.mark.slow
 def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
     """Two gloo ranks on the CPU: the scales come from all samples, and the result is whole."""
@@ -264,7 +278,3 @@ def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
     assert _distance(_logits(one), _logits(two)) < 1e-3
     assert seen == sorted(seen)
     assert any(10 < percent < 90 for percent in seen)
-    bad = Quantizer("awq", source, tmp_path / "bad", **options)
-    with pytest.raises(ConfigurationError, match="group_size 40 does not divide"):
-        bad.quantize("int4", nproc=2, group_size=40)
-    assert not any((tmp_path / "bad").glob("*")) if (tmp_path / "bad").exists() else True
