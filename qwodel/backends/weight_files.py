@@ -247,8 +247,9 @@ def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) 
 
 def _layout(source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> Layout:
     name = options.layout
-    if name == "auto" and storage_format(spec.name).convrot:
-        name = "comfyui"  # the one reader that rotates activations
+    wanted = storage_format(spec.name)
+    if name == "auto" and (wanted.convrot or wanted.quip_seed is not None):
+        name = "comfyui"  # the one layout that can say how weights are rotated
     if name == "auto":
         # A bare diffusion checkpoint is for ComfyUI; a directory with a model's config is for transformers.
         described = bool(source.config.get("model_type") or source.config.get("architectures"))

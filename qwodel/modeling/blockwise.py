@@ -15,37 +15,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwodel.algorithms.data_aware import RoundedWeight, RoundingReport
+from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport, round_together
 from qwodel.algorithms.gram import InputStatistics
-from qwodel.algorithms.quant_types import Granularity, QuantType
 from qwodel.checkpoint.code_store import CodeStore
+from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import QuantizationError
 from qwodel.modeling.lazy_model import LazyModel
 from qwodel.modeling.recorder import InputRecorder, LayerId, layers_to_record
 from qwodel.modeling.stepwise import Arrival, run_in_step
 from qwodel.progress import Progress
 
-__all__ = ["LayerTask", "Solver", "quantize_blockwise"]
+__all__ = ["Solver", "quantize_blockwise", "round_stored"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerTask:
-    """What one checkpoint weight is to become."""
-
-    quant_type: QuantType
-    granularity: Granularity
-    convrot: bool = False
-
-
-Solver = Callable[[Sequence[torch.Tensor], LayerTask, InputStatistics | None], Sequence[RoundedWeight]]
+Solver = Callable[[Sequence[torch.Tensor], StorageFormat, InputStatistics | None], Sequence[RoundedWeight]]
 """Rounds weights that read the same inputs and have the same task; without statistics, without data."""
 
 
 def quantize_blockwise(
     lazy: LazyModel,
-    tasks: Mapping[str, LayerTask],
+    tasks: Mapping[str, StorageFormat],
     batches: Sequence[Mapping[str, torch.Tensor]],
     solve: Solver,
     store: CodeStore,
@@ -72,10 +63,25 @@ def quantize_blockwise(
     return _Run(lazy, tasks, batches, solve, store, progress).run()
 
 
+def round_stored(
+    weights: Sequence[torch.Tensor],
+    task: StorageFormat,
+    statistics: InputStatistics | None,
+    options: DataAware,
+) -> list[RoundedWeight]:
+    """:func:`~qwodel.algorithms.data_aware.round_together` in the basis of a storage format."""
+    assert task.quant_type is not None
+    bases = [task.basis(tuple(weight.shape)) for weight in weights]
+    known = [basis for basis in bases if basis is not None]
+    return round_together(
+        weights, task.quant_type, task.granularity, statistics, options, bases=known or None
+    )
+
+
 @dataclass(slots=True)
 class _Run:
     lazy: LazyModel
-    tasks: Mapping[str, LayerTask]
+    tasks: Mapping[str, StorageFormat]
     batches: Sequence[Mapping[str, torch.Tensor]]
     solve: Solver
     store: CodeStore

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport, round_together
+from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.calibration import DEFAULT_DATASET, CalibrationSpec, load_tokens
 from qwodel.checkpoint.code_store import CodeStore
 from qwodel.checkpoint.plan import Plan, TensorPlan
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.rounding import FromStore
+from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.tensor_work import weight_rows
 from qwodel.exceptions import (
     ConversionError,
@@ -25,7 +26,7 @@ from qwodel.exceptions import (
     ResourceError,
     ValidationError,
 )
-from qwodel.modeling.blockwise import LayerTask, quantize_blockwise
+from qwodel.modeling.blockwise import quantize_blockwise, round_stored
 from qwodel.modeling.lazy_model import LazyModel, config_of, open_lazily
 from qwodel.progress import Progress
 
@@ -87,9 +88,7 @@ def find_codes(
         Cancelled: the progress callback raised.
     """
     tasks = {
-        each.name.removesuffix(".weight"): LayerTask(
-            each.format.quant_type, each.format.granularity, each.format.convrot
-        )
+        each.name.removesuffix(".weight"): each.format
         for each in plan.tensors
         if isinstance(each.rounding, FromStore) and each.format and each.format.quant_type
     }
@@ -100,11 +99,9 @@ def find_codes(
         batches = list(calibration_batches(plan.source, lazy.model.config, calibration, widest))
 
         def solve(
-            weights: Sequence[torch.Tensor], task: LayerTask, statistics: InputStatistics | None
+            weights: Sequence[torch.Tensor], task: StorageFormat, statistics: InputStatistics | None
         ) -> list[RoundedWeight]:
-            return round_together(
-                weights, task.quant_type, task.granularity, statistics, method, convrot=task.convrot
-            )
+            return round_stored(weights, task, statistics, method)
 
         try:
             reports = quantize_blockwise(lazy, tasks, batches, solve, CodeStore(folder), progress)
