@@ -12,8 +12,9 @@ from qwodel.algorithms.scales import quantize
 from qwodel.checkpoint.code_store import CodeStore
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.exceptions import Cancelled, ConversionError, QuantizationError
-from qwodel.modeling.blockwise import layer_name, quantize_blockwise, round_stored
+from qwodel.modeling.blockwise import quantize_blockwise, round_stored
 from qwodel.modeling.lazy_model import config_of, open_lazily
+from qwodel.modeling.model_blocks import layer_name
 from qwodel.progress import Progress
 
 from .test_recorder import plain_inputs
