@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_serializer, field_validator
 
 from qwodel.backends.base import BackendOptions
+from qwodel.calibration import describe_dataset
 from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
 
 __all__ = ["WeightFileOptions"]
@@ -44,7 +46,6 @@ class WeightFileOptions(BackendOptions):
     batch_size: int | None = Field(None, ge=1, description="Calibration: sequences run together; 4.")
     calibration_split: str | None = Field(None, description="Calibration: split of a hub dataset; train.")
     text_column: str | None = Field(None, description="Calibration: the text column; found by its name.")
-    token: str | None = Field(None, description="Hugging Face token, for gated data.", repr=False)
     damping: float | None = Field(
         None, gt=0, le=1, description="gptq, quip: share of the mean diagonal added to the Gram matrix; 0.03."
     )
@@ -104,3 +105,16 @@ class WeightFileOptions(BackendOptions):
         "cpu",
         description="Where codes are computed: cpu, cuda, cuda:N, or auto for CUDA where there is one.",
     )
+
+    @field_validator("calibration_dataset", mode="before")
+    @classmethod
+    def _kept(cls, value: Any) -> Any:
+        """An iterator serves once, options any number of times."""
+        if value is None or isinstance(value, str):
+            return value
+        return os.fspath(value) if isinstance(value, os.PathLike) else list(value)
+
+    @field_serializer("calibration_dataset")
+    def _named(self, value: Any) -> str | None:
+        """A manifest names the text; it does not repeat it."""
+        return None if value is None else describe_dataset(value)

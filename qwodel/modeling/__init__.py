@@ -1,4 +1,4 @@
-"""What must know a network's shape: running a model block by block, and what its layers see."""
+"""What must know a network's shape: running it block by block, what its layers see, and which feeds which."""
 
 from __future__ import annotations
 

@@ -107,6 +107,17 @@ def test_statistics_that_were_kept_serve_as_well(stories15m, text, judge, tmp_pa
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_texts_from_python_are_used_and_not_repeated_in_the_manifest(stories15m, text, tmp_path):
+    documents = text.read_text("utf-8").split("\n \n")[:400]
+    _, manifest = quantize(
+        stories15m, tmp_path, "int8_row",
+        calibration_dataset=iter(documents), token="hf_secret", num_samples=4, seq_length=64,
+    )  # fmt: skip
+    assert {each["tokens"] for each in manifest["rounding"].values()} == {256}
+    assert manifest["recipe"]["calibration_dataset"] == "texts given in Python"
+    assert "hf_secret" not in json.dumps(manifest)
+
+
 def test_runs_repeat(stories15m, text, tmp_path):
     files = [
         quantize(
