@@ -166,17 +166,18 @@ class _Verifier:
         plan = check.plan
         decoded = self._decoded.get(plan.name)
         decoder = None if decoded is None else decoded.decoder
-        basis, slab = None, _MEASURE_ELEMENTS
+        basis, whole = None, False
         if isinstance(decoder, RotatedDecoder | QuipDecoder):
             # Rotations keep lengths: the error is measured where the codes are, before it is turned back.
             basis = decoder.basis(self._output)
-            slab = slab if isinstance(decoder, RotatedDecoder) else math.prod(plan.source.shape)
+            whole = isinstance(decoder, QuipDecoder)
             decoder = decoder.rotated
         if not isinstance(decoder, ScaledDecoder):
             raise IntegrityError(f"{plan.name!r} cannot be decoded from what was written")
         multiple = decoder.block[0] if decoder.block[0] < plan.source.shape[0] else 1
         signal, noise, worst = 0.0, 0.0, 0.0
-        for start, stop in row_slabs(plan.source.shape, multiple, slab):
+        slabs = row_slabs(plan.source.shape, multiple, _MEASURE_ELEMENTS)
+        for start, stop in [(0, plan.source.shape[0])] if whole else slabs:
             weight = weight_rows(self._source, plan, start, stop).float()
             if basis is not None:
                 weight = basis.apply(weight)
