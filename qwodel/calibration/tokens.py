@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
 
 def load_tokens(
     spec: CalibrationSpec,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     num_samples: int,
     seq_length: int,
@@ -66,7 +66,8 @@ def load_tokens(
 
     Args:
         spec: see :data:`~qwodel.calibration.CalibrationSpec`.
-        tokenizer: a transformers tokenizer, or anything with its interface.
+        tokenizer: a transformers tokenizer, or anything with its interface; ``None`` suffices for
+            token ids.
         num_samples: sequences to return.
         seq_length: tokens a sequence; cut to ``context_length`` with a warning.
         seed: of the shuffle.
@@ -160,16 +161,19 @@ class _Affixes(NamedTuple):
     suffix: list[int]
 
 
-def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    affixes = _affixes(tokenizer)
+def _encode(documents: Iterable[Document], tokenizer: Tokenizer | None) -> Iterator[list[int]]:
+    affixes: _Affixes | None = None  # token ids need no tokenizer
     template = bool(getattr(tokenizer, "chat_template", None))
     for document in documents:
         if isinstance(document, list):
             yield document
+        elif tokenizer is None:
+            raise CalibrationError("calibration text needs a tokenizer", hint="give lists of token ids")
         elif isinstance(document, Chat) and template:
             # The template writes the special tokens itself.
             yield _ids(tokenizer, _rendered(document, tokenizer))
         else:
+            affixes = affixes or _affixes(tokenizer)
             yield affixes.prefix
             for piece in _pieces(document.text if isinstance(document, Chat) else document):
                 yield _ids(tokenizer, piece)

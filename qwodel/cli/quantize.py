@@ -20,6 +20,9 @@ def quantize(
         "quantized_models"
     ),
     option: OptionPairs = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share a calibration, one a GPU (awq).")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     token: Annotated[
         str | None,
@@ -57,7 +60,12 @@ def quantize(
     if not verbose:  # its warnings repeat what our error will say
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     options = parse_options(option or [])
-    for name, value in {"revision": revision, "token": token, "overwrite": overwrite or None}.items():
+    for name, value in {
+        "revision": revision,
+        "token": token,
+        "overwrite": overwrite or None,
+        "nproc": nproc,
+    }.items():
         if value is not None:
             options[name] = value
     with progress_display(quiet=quiet) as callback:

@@ -1,0 +1,112 @@
+"""Loading a model and its tokenizer from a directory, for calibration and for reading back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwodel.exceptions import CalibrationError, ConversionError, ValidationError
+
+__all__ = ["check_architecture", "context_length", "load_model", "load_tokenizer", "text_config"]
+
+
+def check_architecture(config: Mapping[str, Any]) -> str:
+    """Return the transformers class a configuration names.
+
+    Raises:
+        ValidationError: it names none that generates text, or the weights are quantized already.
+    """
+    names = config.get("architectures") or []
+    generating = [
+        name for name in names if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    ]
+    if not generating:
+        shown = ", ".join(names) or config.get("model_type") or "none"
+        raise ValidationError(
+            f"unsupported model architecture {shown}: AWQ needs a model that generates text",
+            hint="config.json must name an architecture such as LlamaForCausalLM",
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValidationError(
+            f"the model is quantized already ({method})",
+            hint="start from the original weights; a second quantization loses twice",
+        )
+    return str(generating[0])
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the language part of a configuration."""
+    for name in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(name), dict):
+            return {**config, **config[name]}
+    return config
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return the longest sequence a model takes, or ``None`` where its configuration does not say."""
+    text = text_config(config)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(text.get(name), int) and text[name] > 0:
+            return int(text[name])
+    return None
+
+
+def load_model(path: Path, architecture: str, *, linear_experts: bool = False) -> Any:
+    """Load a model on the CPU in its checkpoint's dtype, in evaluation mode.
+
+    Args:
+        path: a model directory.
+        architecture: from :func:`check_architecture`.
+        linear_experts: take stacked experts apart into linear layers, which can be quantized.
+
+    Raises:
+        ConversionError: transformers cannot load it.
+    """
+    import transformers
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    kind = (
+        transformers.AutoModelForImageTextToText
+        if architecture.endswith("ForConditionalGeneration")
+        else transformers.AutoModelForCausalLM
+    )
+    try:
+        model = kind.from_pretrained(path, dtype="auto", local_files_only=True).eval()
+        # llm-compressor's loader for experts leaves its patches in transformers when it fails.
+        return linearize_moe(model) if linear_experts else model
+    except MemoryError:
+        raise
+    except Exception as error:
+        # transformers raises what its many model classes raise.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConversionError(f"transformers cannot load {path.name}: {reason}") from error
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load the tokenizer of a model directory.
+
+    Raises:
+        CalibrationError: there is none, or transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        # transformers raises OSError, ValueError, ImportError … for a missing tokenizer.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"{path.name} has no tokenizer that transformers can load: {reason}",
+            hint="copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model's "
+            "repository, or calibrate on lists of token ids",
+        ) from error
+    return tokenizer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file."""
+    document: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return document
