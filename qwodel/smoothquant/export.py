@@ -44,7 +44,7 @@ __all__ = ["Exported", "ExportOptions", "Rotations", "export_w8a8"]
 log = logging.getLogger(__name__)
 
 Rotations = Literal["none", "folded", "all"]
-_SAMPLED_TOKENS = 512
+_SAMPLED_TOKENS = 256
 _PROBE_TOKENS = 32
 _BOUND = 3e-2
 """Relative difference of logits that inputs at the border between two codes explain."""

@@ -197,14 +197,14 @@ class _Described:
                 f"{folder} is not quantized to INT8 W8A8 ({method or 'it has full-precision weights'})",
                 hint="make it with the smoothquant backend, or with Int8ForCausalLM.from_float",
             )
-        inputs = [group.get("input_activations") for group in found.get("config_groups", {}).values()]
-        weights = [group.get("weights") or {} for group in found.get("config_groups", {}).values()]
-        if any(each.get("num_bits") != 8 or each.get("type", "int") != "int" for each in weights):
+        groups = [each for each in found.get("config_groups", {}).values() if _is_int8(each.get("weights"))]
+        if not groups:
             raise ValidationError(
-                f"{folder} is not quantized to INT8 W8A8: its weights are {weights[0].get('type', 'int')}"
-                f"{weights[0].get('num_bits', '')}",
+                f"{folder} is not quantized to INT8 W8A8: its format is {found.get('format')}",
                 hint="load it with transformers",
             )
+        inputs = [each.get("input_activations") for each in groups]
+        weights = [each["weights"] for each in groups]
         if any(each is not None and not each.get("symmetric", True) for each in (*inputs, *weights)):
             raise ValidationError(f"{folder} has asymmetric codes, which an integer product does not take as they are")
         if any(each is None for each in inputs):
@@ -220,6 +220,10 @@ class _Described:
             return self._activations, 0
         found = self._layers.get(name, {})
         return found.get("activations", "token"), int(found.get("rotation", 0))
+
+
+def _is_int8(weights: Mapping[str, Any] | None) -> bool:
+    return bool(weights) and (weights or {}).get("num_bits") == 8 and (weights or {}).get("type", "int") == "int"
 
 
 class _Reader:
