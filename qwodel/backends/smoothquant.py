@@ -87,7 +87,13 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
     extra: ClassVar[str] = "smoothquant"
     accepts: ClassVar[frozenset[str]] = frozenset({"huggingface"})
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "compressed-tensors", "safetensors")
-    stages: ClassVar[Mapping[str, float]] = {"resolve": 1, "calibrate": 80, "quantize": 8, "verify": 10, "publish": 1}
+    stages: ClassVar[Mapping[str, float]] = {
+        "resolve": 1,
+        "calibrate": 80,
+        "quantize": 8,
+        "verify": 10,
+        "publish": 1,
+    }
     options_type = SmoothQuantOptions
 
     @classmethod
@@ -112,7 +118,11 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
         given = [name for name in _DATA if getattr(options, name) is not None]
         if options.calibration_dataset is None and given:
             raise ConfigurationError(f"{', '.join(given)} belong to calibration_dataset, which is not given")
-        if options.rotations == "folded" and "rotations" in options.model_fields_set and not _searches(options):
+        if (
+            options.rotations == "folded"
+            and "rotations" in options.model_fields_set
+            and not _searches(options)
+        ):
             raise ConfigurationError(
                 "rotations='folded' is a choice of the search, and alpha is given",
                 hint="pass inner_alpha='search', or rotations='none'",

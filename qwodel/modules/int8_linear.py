@@ -71,7 +71,9 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.activations, self.rotation = activations, rotation
         self.exact: bool | None = None
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer(
+            "weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        )
         self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device))
         static = torch.ones(1, device=device) if activations == "static" else None
         self.register_buffer("input_scale", static)
@@ -219,7 +221,9 @@ def int_mm_works(device: str, index: int | None = None) -> bool:
         try:
             found = _multiply(a.to(where), b.to(where)).cpu()
         except (RuntimeError, NotImplementedError) as error:
-            log.warning("INT8 products do not run on %s (%s): codes are multiplied in floating point", where, error)
+            log.warning(
+                "INT8 products do not run on %s (%s): codes are multiplied in floating point", where, error
+            )
             return False
         if not torch.equal(found.long(), a.long() @ b.long().T):
             log.warning("INT8 products are wrong on %s: codes are multiplied in floating point", where)

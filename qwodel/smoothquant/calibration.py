@@ -29,7 +29,12 @@ __all__ = [
 
 
 def compute_activation_scales(
-    model: nn.Module, data_loader: Iterable[Any], num_samples: int = 512, *, tokenizer: Any = None, seq_len: int = 512
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    num_samples: int = 512,
+    *,
+    tokenizer: Any = None,
+    seq_len: int = 512,
 ) -> dict[str, torch.Tensor]:
     """Run a model on calibration data and return the running maximum of ``|x|`` of every layer's inputs.
 
@@ -72,7 +77,9 @@ def calibrate(
         raise ConfigurationError(f"num_samples is at least 1, not {num_samples}")
     batches = list(islice(_batches(model, data, num_samples, tokenizer, seq_len), num_samples))
     if not batches:
-        raise CalibrationError("there were no calibration samples", hint="give a data loader that yields batches")
+        raise CalibrationError(
+            "there were no calibration samples", hint="give a data loader that yields batches"
+        )
     statistics = ActivationStatistics()
     each = -(-sampled_tokens // len(batches)) if sampled_tokens else 0
     training = model.training
@@ -84,7 +91,8 @@ def calibrate(
                 _run(model, batch)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
-            f"CUDA out of memory while calibrating: {error}", hint="use a smaller batch size or sequence length"
+            f"CUDA out of memory while calibrating: {error}",
+            hint="use a smaller batch size or sequence length",
         ) from error
     finally:
         model.train(training)
@@ -106,7 +114,8 @@ def _batches(
         batch = _as_keywords(model, item, tokenizer, seq_len)
         size = len(batch["input_ids"])
         batch = {
-            name: value[:left].to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+            name: value[:left].to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
         }
         left -= size
         yield batch
@@ -143,14 +152,18 @@ def tokenizer_of(model: nn.Module) -> Any:
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     hint = "pass the model's tokenizer as tokenizer="
     if not name:
-        raise ConfigurationError("texts need a tokenizer, and the model does not say where it is from", hint=hint)
+        raise ConfigurationError(
+            "texts need a tokenizer, and the model does not say where it is from", hint=hint
+        )
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
     except Exception as error:
         # transformers raises OSError, ValueError, ImportError … for a missing tokenizer.
-        raise ConfigurationError(f"{name} has no tokenizer that transformers can load: {error}", hint=hint) from error
+        raise ConfigurationError(
+            f"{name} has no tokenizer that transformers can load: {error}", hint=hint
+        ) from error
 
 
 def save_activation_scales(
@@ -199,8 +212,13 @@ def load_activation_scales(path: str | os.PathLike[str]) -> dict[str, torch.Tens
     except Exception as error:
         # A damaged pickle or header fails in many ways.
         raise ValidationError(f"{source} is no file of activation scales: {error}") from error
-    vectors = isinstance(loaded, dict) and loaded and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) and value.ndim == 1 for name, value in loaded.items()
+    vectors = (
+        isinstance(loaded, dict)
+        and loaded
+        and all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) and value.ndim == 1
+            for name, value in loaded.items()
+        )
     )
     if not vectors:
         raise ValidationError(f"{source} is no file of activation scales: it holds no dictionary of vectors")

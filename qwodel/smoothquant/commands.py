@@ -7,6 +7,7 @@ before a tool runs.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,9 @@ def generate_act_scales(
     output_path: Annotated[
         Path, typer.Option("--output-path", help="Where to save scales: a .pt or a .safetensors file.")
     ],
-    num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Number of calibration samples.")] = 512,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", min=1, help="Number of calibration samples.")
+    ] = 512,
     seq_len: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens a sample is cut to.")] = 512,
     dataset_path: Annotated[
         str | None, typer.Option("--dataset-path", help=f"{_DATASET} WikiText-2 from the hub if not given.")
@@ -51,7 +54,9 @@ def generate_act_scales(
 
 
 def export_int8_model(
-    model_path: Annotated[str, typer.Option("--model_path", help="Original model (Hugging Face ID or path).")],
+    model_path: Annotated[
+        str, typer.Option("--model_path", help="Original model (Hugging Face ID or path).")
+    ],
     output_path: Annotated[Path, typer.Option("--output_path", help="Output directory for quantized model.")],
     act_scales_path: Annotated[
         Path, typer.Option("--act_scales_path", help="Path to activation scales file.")
@@ -92,7 +97,8 @@ def ppl_eval(
         str | None, typer.Option("--dataset_config", help="Dataset configuration, such as wikitext-2.")
     ] = None,
     n_samples: Annotated[
-        int | None, typer.Option("--n_samples", min=1, help="Windows of 2048 tokens at most; all if not given.")
+        int | None,
+        typer.Option("--n_samples", min=1, help="Windows of 2048 tokens at most; all if not given."),
     ] = None,
 ) -> None:
     """Evaluate perplexity of quantized models."""
@@ -100,7 +106,9 @@ def ppl_eval(
     from qwodel.smoothquant.ppl_eval import evaluate_ppl
 
     if smooth and act_scales_path is None:
-        raise ConfigurationError("--smooth needs --act_scales_path", hint="make the file with generate_act_scales")
+        raise ConfigurationError(
+            "--smooth needs --act_scales_path", hint="make the file with generate_act_scales"
+        )
     scales = load_activation_scales(act_scales_path) if act_scales_path else None
     model, tokenizer = _open(model_path)
     result = evaluate_ppl(
@@ -116,7 +124,7 @@ def ppl_eval(
     typer.echo(f"Perplexity: {result:.4f}")
 
 
-TOOLS = {
+TOOLS: Mapping[str, Callable[..., None]] = {
     "generate-act-scales": generate_act_scales,
     "export-int8-model": export_int8_model,
     "ppl-eval": ppl_eval,

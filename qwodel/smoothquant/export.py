@@ -27,7 +27,13 @@ from qwodel.checkpoint.rounding import FromStatistics, Nearest, Rounding
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.transformers_layout import TransformersLayout, config_bytes
 from qwodel.checkpoint.verify import LayerQuality, verify
-from qwodel.exceptions import CalibrationError, ConfigurationError, ConversionError, IntegrityError, ValidationError
+from qwodel.exceptions import (
+    CalibrationError,
+    ConfigurationError,
+    ConversionError,
+    IntegrityError,
+    ValidationError,
+)
 from qwodel.modeling.calibrated import CalibrationOptions, calibration_batches
 from qwodel.modeling.collect import collect_statistics
 from qwodel.modeling.lazy_model import config_of
@@ -39,7 +45,7 @@ from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import fake_quantized, quantizable_layers
 from qwodel.smoothquant.smooth import Alpha, Smoothed, smooth_model
 
-__all__ = ["Exported", "ExportOptions", "Rotations", "export_w8a8"]
+__all__ = ["ExportOptions", "Exported", "Rotations", "export_w8a8", "report_of"]
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +87,11 @@ class ExportOptions:
         if self.rotations not in ("none", "folded", "all"):
             raise ConfigurationError(f"rotations are 'none', 'folded' or 'all', not {self.rotations!r}")
         searches = "search" in (self.alpha, self.inner_alpha)
-        reasons = {"a search of α": searches, "static activations": self.activations == "static", "GPTQ": self.gptq}
+        reasons = {
+            "a search of α": searches,
+            "static activations": self.activations == "static",
+            "GPTQ": self.gptq,
+        }
         needs = [name for name, wanted in reasons.items() if wanted]
         if self.calibration is None and (needs or self.act_scales is None):
             raise CalibrationError(
@@ -112,7 +122,9 @@ class Exported:
     logits: Mapping[str, float]
 
 
-def export_w8a8(source: Path, target: Path, scratch: Path, options: ExportOptions, progress: Progress) -> Exported:
+def export_w8a8(
+    source: Path, target: Path, scratch: Path, options: ExportOptions, progress: Progress
+) -> Exported:
     """Smooth, quantize and write a model, load it back, and compare logits.
 
     The model is held in fp32, and its smoothed weights lie in ``scratch`` meanwhile.
@@ -188,7 +200,9 @@ def _load(source: Path, config: Mapping[str, Any]) -> Any:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if "Unrecognized configuration class" in reason or "does not recognize this architecture" in reason:
             name = next(iter(config.get("architectures") or [config.get("model_type")]))
-            raise ValidationError(f"unsupported model architecture {name}: it is no causal language model") from error
+            raise ValidationError(
+                f"unsupported model architecture {name}: it is no causal language model"
+            ) from error
         raise ConversionError(f"transformers cannot load {source.name}: {reason}") from error
 
 
@@ -259,7 +273,9 @@ def _save(model: Any, source: Path, folder: Path, config: Mapping[str, Any]) -> 
     state = {
         name: value if name in keep else value.to(dtype) if value.is_floating_point() else value
         for name, value in model.state_dict().items()
-        if not (tied and value.data_ptr() == head.weight.data_ptr() and name.startswith(_name_of(model, head)))
+        if not (
+            tied and value.data_ptr() == head.weight.data_ptr() and name.startswith(_name_of(model, head))
+        )
     }
     model.save_pretrained(folder, state_dict=state)
     for name, path in ModelDirectory.of(source).side_files().items():
@@ -420,5 +436,3 @@ def report_of(exported: Exported) -> dict[str, Any]:
         "logits": dict(exported.logits),
         "warnings": list(plan.warnings),
     }
-
-

@@ -175,7 +175,8 @@ def quantization_config(layers: Mapping[str, Int8Linear]) -> dict[str, Any]:
     return {
         "quant_method": QUANT_METHOD,
         "layers": {
-            name: {"activations": each.activations, "rotation": each.rotation} for name, each in layers.items()
+            name: {"activations": each.activations, "rotation": each.rotation}
+            for name, each in layers.items()
         },
     }
 
@@ -206,7 +207,9 @@ class _Described:
         inputs = [each.get("input_activations") for each in groups]
         weights = [each["weights"] for each in groups]
         if any(each is not None and not each.get("symmetric", True) for each in (*inputs, *weights)):
-            raise ValidationError(f"{folder} has asymmetric codes, which an integer product does not take as they are")
+            raise ValidationError(
+                f"{folder} has asymmetric codes, which an integer product does not take as they are"
+            )
         if any(each is None for each in inputs):
             raise ValidationError(
                 f"{folder} quantizes weights only; INT8 arithmetic needs inputs quantized too",
@@ -223,7 +226,9 @@ class _Described:
 
 
 def _is_int8(weights: Mapping[str, Any] | None) -> bool:
-    return bool(weights) and (weights or {}).get("num_bits") == 8 and (weights or {}).get("type", "int") == "int"
+    return (
+        bool(weights) and (weights or {}).get("num_bits") == 8 and (weights or {}).get("type", "int") == "int"
+    )
 
 
 class _Reader:
@@ -258,7 +263,9 @@ def local_folder(model_id: str, revision: str | None = None, token: str | None =
     if folder.is_dir():
         return folder
     if folder.exists() or not looks_like_hub_id(model_id):
-        raise ValidationError(f"{model_id} is no model directory", hint="give a directory or a hub id (owner/name)")
+        raise ValidationError(
+            f"{model_id} is no model directory", hint="give a directory or a hub id (owner/name)"
+        )
     return HubModel(model_id, revision, token).fetch(Progress(None)).path
 
 
@@ -278,7 +285,9 @@ def _load(lazy: LazyModel, read: _Reader, stored: set[str], described: _Describe
     device, dtype = lazy.device, lazy.dtype
     count = 0
     for name, layer in list(model.named_modules()):
-        parts = lazy.parts(f"{name}.weight") if isinstance(getattr(layer, "weight", None), nn.Parameter) else ()
+        parts = (
+            lazy.parts(f"{name}.weight") if isinstance(getattr(layer, "weight", None), nn.Parameter) else ()
+        )
         key = parts[0].key if parts and parts[0].pattern is None else ""
         if not key or f"{key}_scale" not in stored:
             lazy.load_own(layer, name)
@@ -319,9 +328,17 @@ def _layer_of(
         raise ValidationError(f"{key} is {codes.dtype}, not int8: this is no INT8 W8A8 checkpoint")
     rows, columns = codes.shape
     if scale.numel() not in (1, rows):
-        raise ValidationError(f"{key} has scales of {list(scale.shape)}: an integer product takes rows or the tensor")
+        raise ValidationError(
+            f"{key} has scales of {list(scale.shape)}: an integer product takes rows or the tensor"
+        )
     layer = Int8Linear(
-        columns, rows, bias=bias is not None, activations=activations, rotation=rotation, dtype=dtype, device="meta"
+        columns,
+        rows,
+        bias=bias is not None,
+        activations=activations,
+        rotation=rotation,
+        dtype=dtype,
+        device="meta",
     )
     layer.weight = codes.contiguous()
     layer.weight_scale = scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
@@ -355,5 +372,3 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         seen.add(place)
         kept[name] = tensor.detach().contiguous().cpu()
     return kept
-
-

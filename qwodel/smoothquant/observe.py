@@ -56,7 +56,9 @@ class _Observer:
         self.mask = None if mask is None or bool((mask != 0).all()) else mask != 0
         self.recent.clear()
 
-    def see(self, names: tuple[str, ...], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(
+        self, names: tuple[str, ...], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         value = args[0] if args else next(iter(kwargs.values()))
         inputs = value.detach()
         if self.mask is not None:

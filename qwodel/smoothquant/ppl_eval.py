@@ -78,7 +78,11 @@ def evaluate_ppl(
     if smooth and scales is None:
         raise ConfigurationError("smoothing needs activation scales", hint="pass scales, or smooth=False")
     windows = token_windows(
-        dataset, tokenizer or tokenizer_of(model), seq_len=_window(model, seq_len), count=num_samples, token=token
+        dataset,
+        tokenizer or tokenizer_of(model),
+        seq_len=_window(model, seq_len),
+        count=num_samples,
+        token=token,
     )
     restore = None
     if smooth and scales is not None:
@@ -128,10 +132,11 @@ def token_windows(
         dataset = _KNOWN.get(dataset.casefold(), dataset)
     text = "\n\n".join(load_texts(dataset, split="test", token=token))
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    windows = list(ids[: len(ids) // seq_len * seq_len].split(seq_len)) if len(ids) >= seq_len else []
+    windows = [ids[start : start + seq_len] for start in range(0, len(ids) - seq_len + 1, seq_len)]
     if not windows:
         raise CalibrationError(
-            f"the text has {len(ids)} tokens, and a window {seq_len}", hint="give more text, or a smaller seq_len"
+            f"the text has {len(ids)} tokens, and a window {seq_len}",
+            hint="give more text, or a smaller seq_len",
         )
     return windows[:count]
 

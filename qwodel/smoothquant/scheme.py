@@ -30,7 +30,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.weights not in ("channel", "tensor"):
-            raise ConfigurationError(f"weights have scales of a 'channel' or a 'tensor', not {self.weights!r}")
+            raise ConfigurationError(
+                f"weights have scales of a 'channel' or a 'tensor', not {self.weights!r}"
+            )
         if self.activations not in ("token", "tensor"):
             raise ConfigurationError(
                 f"activations have scales of a 'token' or a 'tensor', not {self.activations!r}"

@@ -142,7 +142,9 @@ def _channels(pair: Pair, values: torch.Tensor) -> torch.Tensor:
 class _Measure:
     """The error that quantization makes in a pair's consumers, and in its producer where that changes."""
 
-    def __init__(self, model: nn.Module, pair: Pair, statistics: ActivationStatistics, scheme: Scheme) -> None:
+    def __init__(
+        self, model: nn.Module, pair: Pair, statistics: ActivationStatistics, scheme: Scheme
+    ) -> None:
         self.pair, self.scheme = pair, scheme
         name = next((each for each in pair.consumers if each in statistics.samples), None)
         if name is None:
@@ -176,7 +178,9 @@ class _Measure:
             total += _relative(rounded @ self._round_weight(moved).T, target)
         return total + (self.producer(scales, rotate) if self.producer else 0.0)
 
-    def _round_inputs(self, inputs: torch.Tensor, spread: torch.Tensor | None, *, known: bool) -> torch.Tensor:
+    def _round_inputs(
+        self, inputs: torch.Tensor, spread: torch.Tensor | None, *, known: bool
+    ) -> torch.Tensor:
         if self.scheme.activations == "token":
             return fake_quantize(inputs, "rows")
         peak = inputs.abs().amax()

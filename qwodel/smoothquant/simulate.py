@@ -74,7 +74,9 @@ def fake_quantized(
             rotation = scheme.rotation(matrix.shape[1])
             if weights:
                 turned = convrot_weight(matrix, rotation).to(matrix.dtype) if rotation else matrix
-                rounded = fake_quantize(turned, "rows" if scheme.weights == "channel" else "tensor", n_bits=n_bits)
+                rounded = fake_quantize(
+                    turned, "rows" if scheme.weights == "channel" else "tensor", n_bits=n_bits
+                )
                 kept.append((weight, weight.data))
                 weight.data = rounded.T.contiguous() if transposed else rounded
             scale = None if input_scales is None else input_scales.get(name)

@@ -187,7 +187,9 @@ class _Smoothing:
             kind = type(self.model).__name__
             raise ValidationError(
                 f"unsupported model architecture {kind}: every smoothing changes its logits",
-                hint="load the model in float32" if self.power_of_two else "its wiring is not as its name says",
+                hint="load the model in float32"
+                if self.power_of_two
+                else "its wiring is not as its name says",
             )
         return result
 
@@ -210,9 +212,7 @@ class _Smoothing:
         self.statistics.peaks, self.statistics.samples = known
         if len(pairs) == 1:
             pair = pairs[0]
-            log.warning(
-                "smoothing %s changed the logits by %.2g and was undone", pair.producer, change
-            )
+            log.warning("smoothing %s changed the logits by %.2g and was undone", pair.producer, change)
             self.reports.append(PairReport(pair.producer, pair.consumers, pair.kind, change=change))
             return before
         for pair in pairs:

@@ -33,7 +33,9 @@ def _expected(layer: Int8Linear, x: torch.Tensor, scale: torch.Tensor) -> torch.
 def test_it_is_the_formula(activations: Any, granularity: Granularity, bias: bool) -> None:
     x = torch.randn(2, 7, 48) * torch.linspace(0.1, 9, 7)[:, None]
     static = 0.02 if activations == "static" else None
-    layer = Int8Linear.from_float(_linear(bias), granularity=granularity, activations=activations, input_scale=static)
+    layer = Int8Linear.from_float(
+        _linear(bias), granularity=granularity, activations=activations, input_scale=static
+    )
     flat = x.reshape(-1, 48)
     scale = {
         "token": flat.abs().amax(1, keepdim=True) / 127,
@@ -43,7 +45,9 @@ def test_it_is_the_formula(activations: Any, granularity: Granularity, bias: boo
     found = layer(x)
     assert found.shape == (2, 7, 21)
     assert layer.exact
-    assert torch.allclose(found.double(), _expected(layer, flat, scale).reshape(2, 7, 21), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(
+        found.double(), _expected(layer, flat, scale).reshape(2, 7, 21), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_codes_are_those_of_rounding_and_take_a_byte() -> None:

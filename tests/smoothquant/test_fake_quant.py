@@ -75,7 +75,9 @@ def test_static_scales_of_the_spec() -> None:
     weight = torch.tensor([[1.0, -2.0], [0.3, 0.04]])
     found = sq.fake_quantize_weight_per_channel_symmetric(weight, torch.tensor([0.5, 0.1]))
     assert torch.allclose(found, torch.tensor([[1.0, -2.0], [0.3, 0.0]]))
-    static = sq.fake_quantize_activation_per_tensor_asymmetric(activation, torch.tensor(0.1), torch.tensor(-98.0))
+    static = sq.fake_quantize_activation_per_tensor_asymmetric(
+        activation, torch.tensor(0.1), torch.tensor(-98.0)
+    )
     assert torch.allclose(static, activation)
 
 
@@ -86,7 +88,9 @@ def test_static_scales_of_the_spec() -> None:
     st.booleans(),
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=12, max_size=12),
 )
-def test_errors_stay_within_half_a_step(bits: int, grouping: str, is_symmetric: bool, values: list[float]) -> None:
+def test_errors_stay_within_half_a_step(
+    bits: int, grouping: str, is_symmetric: bool, values: list[float]
+) -> None:
     x = torch.tensor(values).reshape(3, 4)
     scales = quantization_scales(x, grouping, n_bits=bits, symmetric=is_symmetric)  # type: ignore[arg-type]
     found = fake_quantize(x, grouping, n_bits=bits, symmetric=is_symmetric)  # type: ignore[arg-type]
