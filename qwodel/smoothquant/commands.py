@@ -15,7 +15,7 @@ import typer
 
 from qwodel.exceptions import ConfigurationError, QuantizationError
 
-__all__ = ["TOOLS", "export_int8_model", "generate_act_scales", "main_of", "ppl_eval"]
+__all__ = ["TOOLS", "application", "export_int8_model", "generate_act_scales", "main_of", "ppl_eval"]
 
 _DATASET = "Calibration text: a .txt, .json, .jsonl or .parquet file, a folder, or a hub dataset (repo or repo:subset)."
 
@@ -132,12 +132,17 @@ TOOLS: Mapping[str, Callable[..., None]] = {
 """The tools by the names of their verbs."""
 
 
+def application(name: str) -> typer.Typer:
+    """A tool as an application of its own."""
+    made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    made.command(context_settings={"help_option_names": ["-h", "--help"]})(TOOLS[name])
+    return made
+
+
 def main_of(name: str) -> None:
-    """Run a tool as a program of its own: errors are printed as cause and hint, with exit code 2."""
-    application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    application.command(context_settings={"help_option_names": ["-h", "--help"]})(TOOLS[name])
+    """Run a tool as a program: errors are printed as cause and hint, with exit code 2."""
     try:
-        application()
+        application(name)()
     except QuantizationError as error:
         typer.echo(f"error: {error}", err=True)
         if error.hint:

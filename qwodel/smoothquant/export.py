@@ -37,9 +37,10 @@ from qwodel.exceptions import (
 from qwodel.modeling.calibrated import CalibrationOptions, calibration_batches
 from qwodel.modeling.collect import collect_statistics
 from qwodel.modeling.lazy_model import config_of
+from qwodel.modules.int8_linear import Activations
 from qwodel.progress import Progress
 from qwodel.smoothquant.calibration import calibrate, load_activation_scales
-from qwodel.smoothquant.int8_model import QUANT_METHOD, Int8ForCausalLM
+from qwodel.smoothquant.int8_model import Int8ForCausalLM, quantization_config
 from qwodel.smoothquant.observe import ActivationStatistics
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import fake_quantized, quantizable_layers
@@ -319,15 +320,11 @@ def _quantized(plan: Plan) -> list[str]:
 def _describe_as_ours(target: Path, plan: Plan, scheme: Scheme) -> None:
     """Other readers would compute without the rotation: let them refuse the directory instead."""
     config = config_of(target)
-    activations = "token" if scheme.activations == "token" else "static"
+    activations: Activations = "token" if scheme.activations == "token" else "static"
     shapes = {each.name.removesuffix(".weight"): each.source.shape for each in plan.tensors}
-    config["quantization_config"] = {
-        "quant_method": QUANT_METHOD,
-        "layers": {
-            name: {"activations": activations, "rotation": scheme.rotation(shapes[name][1]) or 0}
-            for name in _quantized(plan)
-        },
-    }
+    config["quantization_config"] = quantization_config(
+        {name: (activations, scheme.rotation(shapes[name][1]) or 0) for name in _quantized(plan)}
+    )
     (target / "config.json").write_bytes(config_bytes(config))
 
 

@@ -22,10 +22,14 @@ from qwodel.safetensors_files import checkpoint_files, read_header
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import quantizable_layers
 
-__all__ = ["QUANT_METHOD", "Int8ForCausalLM", "local_folder", "quantization_config"]
+__all__ = ["OWN_FORMAT", "Int8ForCausalLM", "local_folder", "quantization_config"]
 
-QUANT_METHOD = "qwodel_int8"
-"""What ``config.json`` of a directory that only qwodel reads calls its quantization."""
+OWN_FORMAT = "qwodel-int8"
+"""The compressed-tensors ``format`` of a directory that only qwodel reads.
+
+transformers loads an unknown ``quant_method`` with a warning, and would take codes for weights; an
+unknown format of a known method is an error there and in vLLM.
+"""
 
 
 class Int8ForCausalLM(nn.Module):
@@ -158,7 +162,9 @@ class Int8ForCausalLM(nn.Module):
         layers = {name: each for name, each in self.model.named_modules() if isinstance(each, Int8Linear)}
         config = json.loads(self.model.config.to_json_string(use_diff=False))
         config["architectures"] = [type(self.model).__name__]
-        config["quantization_config"] = quantization_config(layers)
+        config["quantization_config"] = quantization_config(
+            {name: (each.activations, each.rotation) for name, each in layers.items()}
+        )
         with StagedOutput(target, overwrite=overwrite) as output, disk_errors(f"writing {target}"):
             output.path.mkdir()
             save_file(_own_tensors(self.model), output.path / "model.safetensors", metadata={"format": "pt"})
@@ -166,17 +172,26 @@ class Int8ForCausalLM(nn.Module):
             (output.path / "config.json").write_text(text, "utf-8")
             if getattr(self.model, "generation_config", None) is not None:
                 self.model.generation_config.save_pretrained(output.path)
-            output.publish({"format": QUANT_METHOD, "layers": len(layers)})
+            output.publish({"format": OWN_FORMAT, "layers": len(layers)})
         return target
 
 
-def quantization_config(layers: Mapping[str, Int8Linear]) -> dict[str, Any]:
-    """What ``config.json`` says of INT8 layers that only qwodel reads."""
+def quantization_config(layers: Mapping[str, tuple[Activations, int]]) -> dict[str, Any]:
+    """What ``config.json`` says of INT8 layers (name → activations, rotation) that only qwodel reads."""
     return {
-        "quant_method": QUANT_METHOD,
+        "quant_method": "compressed-tensors",
+        "format": OWN_FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": OWN_FORMAT,
+                "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+            }
+        },
         "layers": {
-            name: {"activations": each.activations, "rotation": each.rotation}
-            for name, each in layers.items()
+            name: {"activations": activations, "rotation": rotation}
+            for name, (activations, rotation) in layers.items()
         },
     }
 
@@ -191,7 +206,7 @@ class _Described:
     def of(cls, config: Mapping[str, Any], folder: Path) -> _Described:
         found = config.get("quantization_config") or {}
         method = found.get("quant_method")
-        if method == QUANT_METHOD:
+        if found.get("format") == OWN_FORMAT:
             return cls("token", found.get("layers", {}))
         if method != "compressed-tensors":
             raise ValidationError(

@@ -154,6 +154,8 @@ class _Measure:
             )
         self.inputs, self.peak = statistics.samples[name], peak_of(pair, statistics.peaks)
         self.weights = [_matrix(model, each).float().cpu() for each in pair.consumers]
+        if scheme.weights == "channel":
+            self.weights = [_some_rows(weight) for weight in self.weights]
         self.targets = [self.inputs @ _some_rows(weight).T for weight in self.weights]
         self.producer: Callable[[torch.Tensor | None, bool], float] | None = None
         between = pair.kind in (Kind.LINEAR, Kind.VALUE)
@@ -190,7 +192,7 @@ class _Measure:
 
     def _round_weight(self, weight: torch.Tensor) -> torch.Tensor:
         if self.scheme.weights == "channel":
-            return fake_quantize(_some_rows(weight), "rows")
+            return fake_quantize(weight, "rows")
         return fake_quantize(_some_rows(weight), "tensor", weight.abs().amax() / 127)
 
     def _watch_producer(self, model: nn.Module, inputs: torch.Tensor) -> None:

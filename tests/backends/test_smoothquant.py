@@ -94,7 +94,7 @@ def test_rotated_inputs_are_for_qwodel_alone(llama: Path, text: Path, tmp_path: 
     assert folder.name == "llama-w8a8_dynamic-rotated"
     assert quantizer.get_model_info()["read_by"] == "qwodel"
     assert difference(Int8ForCausalLM.from_pretrained(folder), logits(load(llama))) < 0.1
-    with pytest.raises(ValueError, match="qwodel_int8"):
+    with pytest.raises(ValueError, match="qwodel-int8"):
         load(folder)
 
 

@@ -157,5 +157,5 @@ def test_transformers_refuses_what_only_we_read(tmp_path: Path) -> None:
     folder = Int8ForCausalLM.from_float(tiny("llama"), Scheme(rotate_inputs=16)).save_pretrained(
         tmp_path / "model"
     )
-    with pytest.raises(ValueError, match="qwodel_int8"):
+    with pytest.raises(ValueError, match="qwodel-int8"):
         AutoModelForCausalLM.from_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,19 +22,33 @@ from qwodel.smoothquant import (
     evaluate_ppl,
     load_activation_scales,
 )
+from qwodel.smoothquant.commands import application
 
 
-def _tool(module: str, *arguments: object) -> str:
-    command = [sys.executable, "-m", f"qwodel.smoothquant.{module}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def _tool(name: str, *arguments: object) -> str:
+    done = CliRunner().invoke(application(name), [str(each) for each in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     return done.stdout
+
+
+@pytest.mark.parametrize("module", ["generate_act_scales", "export_int8_model", "ppl_eval"])
+def test_each_tool_is_a_module_with_the_specs_arguments(module: str) -> None:
+    command = [sys.executable, "-m", f"qwodel.smoothquant.{module}", "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    arguments = {
+        "generate_act_scales": "--model-name --output-path --num-samples --seq-len --dataset-path --per-gpu-batch-size",
+        "export_int8_model": "--model_path --output_path --act_scales_path --alpha",
+        "ppl_eval": "--model_path --act_scales_path --smooth --alpha --quantize --dataset_name --dataset_config",
+    }[module]
+    assert not [each for each in arguments.split() if each not in done.stdout]
 
 
 def test_opt_through_the_three_tools(opt: Path, text: Path, tmp_path: Path) -> None:
     scales = tmp_path / "scales" / "opt.pt"
     _tool(
-        "generate_act_scales", "--model-name", opt, "--output-path", scales, "--num-samples", 12,
+        "generate-act-scales", "--model-name", opt, "--output-path", scales, "--num-samples", 12,
         "--seq-len", 32, "--dataset-path", text, "--per-gpu-batch-size", 4,
     )  # fmt: skip
     found = load_activation_scales(scales)
@@ -46,7 +61,7 @@ def test_opt_through_the_three_tools(opt: Path, text: Path, tmp_path: Path) -> N
 
     out = tmp_path / "out"
     said = _tool(
-        "export_int8_model",
+        "export-int8-model",
         "--model_path",
         opt,
         "--output_path",
@@ -65,10 +80,10 @@ def test_opt_through_the_three_tools(opt: Path, text: Path, tmp_path: Path) -> N
     assert int8.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4).shape == (1, 10)
 
     plain = float(
-        _tool("ppl_eval", "--model_path", opt, "--dataset_name", text, "--n_samples", 3).split()[-1]
+        _tool("ppl-eval", "--model_path", opt, "--dataset_name", text, "--n_samples", 3).split()[-1]
     )
     said = _tool(
-        "ppl_eval", "--model_path", opt, "--act_scales_path", scales, "--smooth", "--alpha", 0.85, "--quantize",
+        "ppl-eval", "--model_path", opt, "--act_scales_path", scales, "--smooth", "--alpha", 0.85, "--quantize",
         "--dataset_name", text, "--n_samples", 3,
     )  # fmt: skip
     assert said.startswith("Perplexity: ")
