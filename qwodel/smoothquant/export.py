@@ -141,6 +141,27 @@ def export_w8a8(
         IntegrityError: what was read back differs.
         Cancelled: the progress callback raised.
     """
+    with _without_bars():
+        return _export(source, target, scratch, options, progress)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws bars of its own, amid our progress."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _export(
+    source: Path, target: Path, scratch: Path, options: ExportOptions, progress: Progress
+) -> Exported:
     config = config_of(source)
     progress.stage("calibrate", "loading the model")
     model = _load(source, config)

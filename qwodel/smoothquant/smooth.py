@@ -221,13 +221,20 @@ class _Smoothing:
 
     def _apply(self, pair: Pair) -> PairReport:
         choice, plain = self._choose(pair)
+        peaks, samples = self.statistics.peaks, self.statistics.samples
         if choice.scales is not None:
             fold_scales(self.model, pair, choice.scales)
             spread = pair.spread(choice.scales)
-            self._update(pair, lambda values: values / spread)
+            for name in pair.consumers:
+                # What consumers read has changed with the fold.
+                for known in (peaks, samples):
+                    if name in known:
+                        known[name] = known[name] / spread
         if choice.rotate:
             rotate_heads(self.model, pair)
-            self._update(pair, lambda values: rotate_last_axis(values, pair.head_dim))
+            for name in pair.consumers:
+                samples[name] = rotate_last_axis(samples[name], pair.head_dim)
+                peaks[name] = samples[name].abs().amax(dim=0)
         return PairReport(
             pair.producer, pair.consumers, pair.kind, choice.alpha, choice.rotate, plain, choice.error
         )
@@ -253,17 +260,6 @@ class _Smoothing:
 
     def _alpha_of(self, pair: Pair) -> Alpha | None:
         return self.alpha if pair.kind in (Kind.NORM, Kind.NORM_PLUS_ONE) else self.inner_alpha
-
-    def _update(self, pair: Pair, change: Any) -> None:
-        """What consumers read has changed with the fold."""
-        peaks, samples = self.statistics.peaks, self.statistics.samples
-        for name in pair.consumers:
-            if name in samples:
-                samples[name] = change(samples[name])
-            if name in peaks:
-                scaled = change(peaks[name])
-                rotated = scaled.min() < 0 or name not in samples
-                peaks[name] = samples[name].abs().amax(dim=0) if rotated and name in samples else scaled.abs()
 
     @torch.no_grad()
     def _logits(self) -> torch.Tensor:
