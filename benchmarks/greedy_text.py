@@ -6,6 +6,7 @@ token, as fast kernels do. One table::
 
     python benchmarks/greedy_text.py                     # SmolLM2-135M-Instruct
     python benchmarks/greedy_text.py --model DIR --formats int8_row fp8_e4m3 --tokens 20
+    python benchmarks/greedy_text.py --formats int8_row fp8_e4m3 --calibration text.txt
 """
 
 from __future__ import annotations
@@ -120,10 +121,11 @@ def compare(model: Any, answered: Answer) -> Comparison:
     return Comparison(matched, margin, float(moved.square().mean().sqrt()), agreed)
 
 
-def convert(model: Path, name: str, activations: str, folder: Path) -> Path:
+def convert(model: Path, name: str, activations: str, calibration: str | None, folder: Path) -> Path:
     from qwodel import Quantizer
 
-    return Quantizer(name.partition("_")[0], model, folder, activations=activations).quantize(name)
+    options = {} if calibration is None else {"calibration_dataset": calibration}
+    return Quantizer(name.partition("_")[0], model, folder, activations=activations, **options).quantize(name)
 
 
 def row(name: str, activations: str, comparisons: list[Comparison], answers: list[Answer]) -> str:
@@ -146,6 +148,9 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--activations", nargs="+", default=["none", "dynamic"])
     parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument(
+        "--calibration", help="text to choose codes by (GPTQ); without it codes are the nearest"
+    )
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -164,7 +169,7 @@ def main() -> None:
     for name in arguments.formats:
         for activations in arguments.activations:
             with tempfile.TemporaryDirectory() as scratch:
-                model = load(convert(folder, name, activations, Path(scratch)))
+                model = load(convert(folder, name, activations, arguments.calibration, Path(scratch)))
                 comparisons = [compare(model, each) for each in answers]
             print(row(name, activations, comparisons, answers), flush=True)
 

@@ -102,7 +102,7 @@ def measure_layers(model: Any, batches: torch.Tensor, results: dict[str, Result]
     signal: dict[str, float] = {}
 
     def hook(name: str) -> Any:
-        def watch(module: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        def watch(_: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
             x, y = args[0].flatten(0, -2), output.flatten(0, -2)
             signal[name] = signal.get(name, 0.0) + float(y.double().square().sum())
             for method, result in results.items():

@@ -1,7 +1,7 @@
 """What was given: a local checkpoint, described from its headers alone.
 
 :func:`inspect_source` accepts a Hugging Face directory (safetensors or ``.bin``),
-a single ``.safetensors``, ``.gguf``, ``.pt`` or ``.pth`` file, and answers in
+a single ``.safetensors``, ``.gguf``, ``.pt``, ``.pth`` or ``.pt2`` file, and answers in
 milliseconds: only headers, indexes and ``config.json`` are read. Hub ids are
 :mod:`qwodel.hub`'s, which downloads them to a directory first.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ INPUT_FORMATS: Mapping[str, str] = {
     "safetensors": "a single .safetensors file",
     "gguf": "a .gguf file",
     "pytorch": "a .pt, .pth or .bin file",
+    "torchscript": "a TorchScript file",
+    "exported": "a program saved by torch.export",
 }
 """Kinds of input, as :attr:`ModelSource.input_format` names them."""
 
@@ -38,7 +41,9 @@ _FILE_FORMATS = {
     ".pt": "pytorch",
     ".pth": "pytorch",
     ".bin": "pytorch",
+    ".pt2": "exported",
 }
+_PROGRAMS = frozenset({"torchscript", "exported"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class TensorInfo:
 class ModelSource:
     """A local model, as its headers describe it.
 
-    ``parameters`` counts elements once where tensors share storage; ``dtypes``
+    ``parameters`` counts elements once where tensors share storage (0 for a traced program); ``dtypes``
     maps dtype to number of elements; ``weight_bytes`` is the size of the weight
     files; ``tied_embeddings`` is ``None`` where neither config nor tensors tell.
     """
@@ -117,7 +122,10 @@ def inspect_source(
         )
     kind, files = _find_weights(path)
     config = read_config(path) if path.is_dir() else {}
-    facts = _describe_gguf(files) if kind == "gguf" else _describe_tensors(files, config)
+    if kind in _PROGRAMS:
+        facts = _describe_program()
+    else:
+        facts = _describe_gguf(files) if kind == "gguf" else _describe_tensors(files, config)
     resolved = path.resolve()
     return ModelSource(
         given=given or str(path),
@@ -158,14 +166,14 @@ def _find_weights(path: Path) -> tuple[str, list[Path]]:
                 f"{path} is no model file this library knows",
                 hint=f"known endings: {', '.join(_FILE_FORMATS)}",
             )
-        return kind, _splits(path) if kind == "gguf" else [path]
+        return _program_kind(path) or kind, _splits(path) if kind == "gguf" else [path]
     for suffix in (".safetensors", ".bin"):
         files = [file for file in checkpoint_files(path, suffix) if _holds_weights(file)]
         if files:
             return "huggingface", files
-    loose = sorted(file for file in path.iterdir() if file.suffix in (".gguf", ".pt", ".pth"))
+    loose = sorted(file for file in path.iterdir() if file.suffix in (".gguf", ".pt", ".pth", ".pt2"))
     if len(loose) == 1 or (loose and loose == _splits(loose[0])):
-        return _FILE_FORMATS[loose[0].suffix], loose
+        return _program_kind(loose[0]) or _FILE_FORMATS[loose[0].suffix], loose
     if loose:
         raise ValidationError(
             f"{path} holds several models: {', '.join(file.name for file in loose[:4])}",
@@ -175,6 +183,17 @@ def _find_weights(path: Path) -> tuple[str, list[Path]]:
         f"{path} holds no model weights ({'it is empty' if not any(path.iterdir()) else 'no .safetensors, .bin, .gguf or .pt'})",
         hint="give the directory that has config.json and the weight files in it",
     )
+
+
+def _program_kind(file: Path) -> str | None:
+    """Tell archives that hold code from those that hold tensors alone, by the names in them."""
+    if file.suffix.lower() not in (".pt", ".pth", ".pt2") or not zipfile.is_zipfile(file):
+        return None
+    with zipfile.ZipFile(file) as archive:
+        inner = {name.partition("/")[2] for name in archive.namelist()}
+    if any(name.startswith("code/") for name in inner):
+        return "torchscript"
+    return "exported" if "models/model.json" in inner else None
 
 
 def _splits(file: Path) -> list[Path]:
@@ -233,6 +252,11 @@ def _entries(file: Path) -> Iterable[tuple[str, str, tuple[int, ...], int, str |
     else:
         for name, tensor in read_pickled_tensors(file).items():
             yield name, tensor.dtype, tensor.shape, tensor.numel, tensor.storage
+
+
+def _describe_program() -> dict[str, Any]:
+    # Its weights are known once torch has loaded it.
+    return {"tensors": {}, "architecture": None, "parameters": 0, "dtypes": {}, "tied_embeddings": None}
 
 
 def _describe_gguf(files: list[Path]) -> dict[str, Any]:

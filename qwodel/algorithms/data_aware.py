@@ -11,7 +11,7 @@ import torch
 
 from qwodel.algorithms.gptq import BlockSolver, GptqOptions, GptqResult, gptq_together, output_error
 from qwodel.algorithms.gram import InputStatistics
-from qwodel.algorithms.hadamard import convrot_gram, convrot_group_size, convrot_weight
+from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
 from qwodel.algorithms.scale_choice import check_gram
@@ -91,7 +91,7 @@ def round_together(
     statistics: InputStatistics | None,
     options: DataAware,
     *,
-    convrot: bool = False,
+    bases: Sequence[Basis] | None = None,
     solver: BlockSolver | None = None,
 ) -> list[RoundedWeight]:
     """Round weights that read the same inputs.
@@ -99,16 +99,16 @@ def round_together(
     Args:
         weights: ``[M_i, N]`` each.
         statistics: of those inputs; ``None`` rounds without data.
-        convrot: rotate first, in the largest groups ComfyUI's ConvRot allows for N; where there is
-            none, nothing is rotated.
+        bases: of the codes of each weight; all must change the inputs alike.
         solver: GPTQ's inner loop.
 
     Raises:
         ValidationError: no floating-point matrix, NaN or Inf, or statistics that do not fit.
     """
     columns = weights[0].shape[1]
-    size = convrot_group_size(columns) if convrot else None
-    turned = [weight if size is None else convrot_weight(weight, size) for weight in weights]
+    turned = list(weights)
+    if bases is not None:
+        turned = [basis.apply(weight) for basis, weight in zip(bases, weights, strict=True)]
     note = _too_little(statistics, columns, options)
     if statistics is None or statistics.gram is None or note:
         rounded = [
@@ -116,16 +116,18 @@ def round_together(
             for codes in (round_without_data(weight, quant_type, granularity) for weight in turned)
         ]
     else:
-        gram = statistics.gram if size is None else convrot_gram(statistics.gram, size)
+        gram = statistics.gram if bases is None else bases[0].gram(statistics.gram)
         if options.method == "learned":
             rounded = [_learned(weight, quant_type, granularity, gram, options) for weight in turned]
         else:
             results = gptq_together(turned, quant_type, granularity, gram, options.gptq, solver=solver)
             rounded = [_reported(result, options.method) for result in results]
         rounded = [replace(each, report=replace(each.report, tokens=statistics.count)) for each in rounded]
-    if size is None:
+    if bases is None:
         return rounded
-    return [replace(each, weight=convrot_weight(each.weight, size)) for each in rounded]
+    return [
+        replace(each, weight=basis.restore(each.weight)) for basis, each in zip(bases, rounded, strict=True)
+    ]
 
 
 def round_without_data(weight: torch.Tensor, quant_type: QuantType, granularity: Granularity) -> Quantized:

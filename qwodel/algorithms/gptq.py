@@ -56,6 +56,7 @@ class GptqOptions:
         act_order: the columns with the largest inputs first.
         segments: parts in which the inverse factor is made; more of them need less memory. The codes
             do not depend on it.
+        segment_from: input channels from which it is made in parts.
         lazy: update later columns once a block; ``False`` updates them after every column.
         scale: ``"search"`` looks for the scales of least error in the norm of the Gram matrix's
             diagonal (the terms between columns are what GPTQ removes), ``"absmax"`` takes the
@@ -68,6 +69,7 @@ class GptqOptions:
     act_order: bool = True
     lazy: bool = True
     segments: int = 1
+    segment_from: int = 0
     scale: Literal["auto", "search", "absmax"] = "auto"
 
     def __post_init__(self) -> None:
@@ -249,7 +251,7 @@ def factorize(gram: torch.Tensor, options: GptqOptions) -> InverseFactor | float
         added = damping
         lower, failed = torch.linalg.cholesky_ex(work)
         if not int(failed) and bool(lower.diagonal().isfinite().all()):
-            step = -(-count // options.segments)
+            step = -(-count // (options.segments if count >= options.segment_from else 1))
             # Whole blocks, so that no block's rows lie in two segments.
             segment = -(-step // options.block_size) * options.block_size
             return InverseFactor(lower, order, damping, segment)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,8 @@ from qwodel.exceptions import ConfigurationError, ValidationError
 
 __all__ = [
     "MAX_CONVROT_GROUP",
+    "Basis",
+    "ConvRot",
     "Rotation",
     "convrot_gram",
     "convrot_group_size",
@@ -86,6 +89,35 @@ def convrot_gram(gram: torch.Tensor, size: int) -> torch.Tensor:
     return convrot_weight(convrot_weight(gram, size).T, size).T
 
 
+class Basis(Protocol):
+    """A change of basis that codes belong to; it keeps the lengths of errors."""
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight ``[M, N]`` in the basis."""
+
+    def restore(self, weight: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`apply`."""
+
+    def gram(self, gram: torch.Tensor) -> torch.Tensor:
+        """The Gram matrix ``[N, N]`` of inputs in the basis."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvRot:
+    """ConvRot's basis: columns rotated in groups of ``size``."""
+
+    size: int
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        return convrot_weight(weight, self.size)
+
+    def restore(self, weight: torch.Tensor) -> torch.Tensor:
+        return convrot_weight(weight, self.size)
+
+    def gram(self, gram: torch.Tensor) -> torch.Tensor:
+        return convrot_gram(gram, self.size)
+
+
 def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal Walsh–Hadamard transform (Sylvester's order) of the last axis, a power of two long.
 
@@ -130,8 +162,13 @@ class Rotation:
         if size < 1:
             raise ValidationError(f"a rotation needs coordinates, not {size}")
         generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
-        return cls(signs, orthogonal_factor(size // (size & -size)))
+        return cls.from_signs(torch.randint(0, 2, (size,), generator=generator) * 2 - 1)
+
+    @classmethod
+    def from_signs(cls, signs: torch.Tensor) -> Rotation:
+        """The rotation with these signs, ±1 of any dtype."""
+        size = len(signs)
+        return cls(signs.float(), orthogonal_factor(size // (size & -size)))
 
     @property
     def size(self) -> int:

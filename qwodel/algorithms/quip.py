@@ -11,7 +11,7 @@ for in the original basis, which is plain LDLQ, and rotation has nothing to add.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -55,6 +55,11 @@ class QuipTransform:
     outputs: Rotation | None = None
     inputs: Rotation | None = None
     smoothing: torch.Tensor | None = None
+
+    @classmethod
+    def seeded(cls, shape: tuple[int, int], seed: int) -> QuipTransform:
+        """The rotations of a weight ``[M, N]`` that ``seed`` stands for."""
+        return cls(Rotation.random(shape[0], seed + 1), Rotation.random(shape[1], seed))
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """W', in the weight's dtype."""
@@ -116,13 +121,10 @@ def quip_transformed(
     smoothing = None
     if activation_max is not None:
         smoothing = smoothing_scales(activation_max, weight, options.smoothing_alpha)
-    rows, columns = weight.shape
-    turned = options.hadamard
-    transform = QuipTransform(
-        Rotation.random(rows, options.seed + 1) if turned else None,
-        Rotation.random(columns, options.seed) if turned else None,
-        smoothing,
-    )
+    transform = QuipTransform(smoothing=smoothing)
+    if options.hadamard:
+        rows, columns = weight.shape
+        transform = replace(QuipTransform.seeded((rows, columns), options.seed), smoothing=smoothing)
     metric = transform.gram(input_metric(weight, gram, activation_max))
     solved = gptq(transform.apply(weight.double()), quant_type, ROW, metric, options.solver, solver=inner)
     return solved.quantized, transform

@@ -34,7 +34,7 @@ _TORCH = {"torch": "torch"}
 _TRANSFORMERS = {**_TORCH, "transformers": "transformers"}
 _BUILTIN: Mapping[str, _Builtin] = {
     "awq": _Builtin("qwodel.backends.awq:AWQQuantizer", "awq", {"llmcompressor": "llmcompressor", **_TRANSFORMERS}),
-    "coreml": _Builtin("qwodel.backends.coreml:CoreMLQuantizer", "coreml", {"coremltools": "coremltools", **_TRANSFORMERS}),
+    "coreml": _Builtin("qwodel.backends.coreml.adapter:CoreMLQuantizer", "coreml", {"coremltools": "coremltools", **_TRANSFORMERS}),
     "fp8": _Builtin("qwodel.backends.fp8:FP8Quantizer", "fp8", _TORCH),
     "gguf": _Builtin(
         "qwodel.backends.gguf.adapter:GGUFQuantizer",

@@ -27,6 +27,13 @@ _FORMATS = (
         aliases=("convrot",),
     ),
     FormatSpec(
+        "int8_quip",
+        "INT8 in a basis rotated on both sides: the least weight error; NOT loadable by ComfyUI or vLLM, "
+        "only qwodel.int8.read_weights decodes it",
+        8.0,
+        "qwodel",
+    ),
+    FormatSpec(
         "int8_tensor",
         "INT8, one scale a tensor: less accurate than row scales",
         8.0,

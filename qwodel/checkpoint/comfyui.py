@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR, QuantType
+from qwodel.algorithms.quip import QuipTransform
 from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.dtypes import TORCH_DTYPES, dtype_name
 from qwodel.checkpoint.layout import OutputTensor, ReaderSupport, Role
@@ -91,9 +94,9 @@ class ComfyUILayout:
         found = self._format(wanted)
         if found is None:
             return ReaderSupport(True, "ComfyUI")
-        if self.legacy and wanted.convrot:
+        if self.legacy and (wanted.convrot or wanted.quip_seed is not None):
             raise ConfigurationError(
-                "legacy files cannot say that columns are rotated",
+                "legacy files cannot say that weights are rotated",
                 hint="drop the legacy layout, or use int8_row",
             )
         if self.legacy and wanted.quant_type != FP8_E4M3:
@@ -117,6 +120,13 @@ class ComfyUILayout:
             self._check_input_scale(wanted)
             name = f"{layer}.scale_input" if self.legacy else f"{layer}.input_scale"
             tensors.append(OutputTensor(name, "F32", (), Role.CONSTANT, struct.pack("<f", 1.0)))
+        basis = wanted.basis(source.shape) if wanted.quip_seed is not None else None
+        if isinstance(basis, QuipTransform):
+            for side, rotation in (("out", basis.outputs), ("in", basis.inputs)):
+                assert rotation is not None
+                signs = rotation.signs.to(torch.int8).numpy().tobytes()
+                name = f"{layer}.quip_signs_{side}"
+                tensors.append(OutputTensor(name, "I8", (rotation.size,), Role.CONSTANT, signs))
         if not self.legacy:
             text = json.dumps(self.description(source, wanted)).encode()
             tensors.append(OutputTensor(f"{layer}.comfy_quant", "U8", (len(text),), Role.CONSTANT, text))
@@ -160,6 +170,10 @@ class ComfyUILayout:
     def _format(self, wanted: StorageFormat) -> ComfyFormat | None:
         if wanted.quant_type is None:
             return None
+        if wanted.quip_seed is not None:
+            return ComfyFormat(
+                "int8_quip", False, "its codes are rotated; qwodel.int8.read_weights decodes them"
+            )
         granularity = wanted.granularity
         square = granularity.block_rows == granularity.block_cols
         kind = str(granularity) if not granularity.is_block else "block" if square else "group"

@@ -19,6 +19,7 @@ from qwodel.checkpoint.source_decoders import (
     Mxfp4Decoder,
     NvFp4Decoder,
     PlainDecoder,
+    QuipDecoder,
     RotatedDecoder,
     RowDecoder,
     ScaledDecoder,
@@ -149,6 +150,8 @@ class _Resolver:
             return self._scaled(name, scale, kind) if scale else None
         if entry.dtype == "I8" and scale:
             plain = self._scaled(name, scale, "INT8")
+            if comfyui.get("format") == "int8_quip":
+                return self._quip(plain, layer)
             return self._rotated(plain, comfyui) if comfyui.get("convrot") else plain
         if scale or comfyui:
             raise _refusal(self.reader, f"{comfyui.get('format', 'scaled ' + entry.dtype)} (tensor {name!r})")
@@ -161,6 +164,16 @@ class _Resolver:
             raise _refusal(self.reader, f"INT8 rotated in groups of {size} (tensor {plain.name!r})")
         assert isinstance(plain.decoder, ScaledDecoder)
         return replace(plain, decoder=RotatedDecoder(plain.decoder, size), encoding="INT8 ConvRot")
+
+    def _quip(self, plain: SourceTensor, layer: str) -> SourceTensor:
+        signs = (f"{layer}.quip_signs_out", f"{layer}.quip_signs_in")
+        shapes = [(self.reader.get_shape(name) if name in self.reader else ()) for name in signs]
+        rows, columns = plain.shape
+        if shapes != [(rows,), (columns,)]:
+            raise _refusal(self.reader, f"QuIP without the signs of its rotations (tensor {plain.name!r})")
+        assert isinstance(plain.decoder, ScaledDecoder)
+        decoder = QuipDecoder(plain.decoder, (rows, columns), *signs)
+        return replace(plain, decoder=decoder, stored=(*plain.stored, *signs), encoding="INT8 QuIP")
 
     def _scale_of(self, name: str) -> str | None:
         stem = name.removesuffix(".weight")

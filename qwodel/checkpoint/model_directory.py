@@ -13,7 +13,7 @@ from qwodel.exceptions import ValidationError
 __all__ = ["ModelDirectory"]
 
 _WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+    {".safetensors", ".bin", ".pt", ".pth", ".pt2", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 )
 _REWRITTEN = frozenset({"config.json", "qwodel.manifest.json"})
 

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from qwodel.algorithms.data_aware import DataAware, RoundingReport, round_together, searches_scale
-from qwodel.algorithms.hadamard import convrot_gram
+from qwodel.algorithms.gptq import BlockSolver
+from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
 from qwodel.algorithms.scales import Quantized, quantize, search_scale
@@ -60,12 +61,12 @@ class Rounding(Protocol):
         granularity: Granularity,
         *,
         layer: str,
-        convrot: int | None = None,
+        basis: Basis | None = None,
     ) -> Rounded:
         """Quantize the finite ``[M, N]`` weight of ``layer`` (its name without ``.weight``).
 
         Args:
-            convrot: the weight comes with its columns rotated in groups of this size.
+            basis: the weight comes in this basis.
         """
 
 
@@ -85,9 +86,9 @@ class Nearest:
         granularity: Granularity,
         *,
         layer: str,
-        convrot: int | None = None,
+        basis: Basis | None = None,
     ) -> Rounded:
-        del layer, convrot
+        del layer, basis
         return Rounded(quantize(weight, quant_type, granularity))
 
 
@@ -107,9 +108,9 @@ class ScaleSearch:
         granularity: Granularity,
         *,
         layer: str,
-        convrot: int | None = None,
+        basis: Basis | None = None,
     ) -> Rounded:
-        del layer, convrot
+        del layer, basis
         scale = search_scale(weight, quant_type, granularity)
         return Rounded(quantize(weight, quant_type, granularity, scale))
 
@@ -136,9 +137,9 @@ class Learned:
         granularity: Granularity,
         *,
         layer: str,
-        convrot: int | None = None,
+        basis: Basis | None = None,
     ) -> Rounded:
-        del layer, convrot
+        del layer, basis
         return Rounded(round_weight(weight, quant_type, granularity, self.options).quantized)
 
 
@@ -150,11 +151,13 @@ class FromStatistics:
         path: the statistics file.
         options: the method and its settings.
         name: the method's name in plans and manifests.
+        turbo: run GPTQ's inner loop as a Triton kernel.
     """
 
     path: Path
     options: DataAware
     name: str
+    turbo: bool = False
 
     def rows_apart(self, granularity: Granularity) -> bool:
         del granularity
@@ -167,15 +170,19 @@ class FromStatistics:
         granularity: Granularity,
         *,
         layer: str,
-        convrot: int | None = None,
+        basis: Basis | None = None,
     ) -> Rounded:
         file = self.path.stat()
         statistics = _statistics(self.path, file.st_mtime_ns, file.st_size).read(layer)
         if statistics is not None and statistics.gram is not None:
             gram = statistics.gram.to(weight.device)
-            gram = gram if convrot is None else convrot_gram(gram, convrot)
-            statistics = replace(statistics, gram=gram)
-        done = round_together([weight], quant_type, granularity, statistics, self.options)[0]
+            statistics = replace(statistics, gram=gram if basis is None else basis.gram(gram))
+        solver: BlockSolver | None = None
+        if self.turbo:
+            from qwodel.algorithms.gptq_triton import solve_block_triton
+
+            solver = solve_block_triton
+        done = round_together([weight], quant_type, granularity, statistics, self.options, solver=solver)[0]
         return Rounded(done.codes, done.report)
 
 
@@ -202,9 +209,9 @@ class FromStore:
         granularity: Granularity,
         *,
         layer: str,
-        convrot: int | None = None,
+        basis: Basis | None = None,
     ) -> Rounded:
-        del weight, quant_type, granularity, convrot
+        del weight, quant_type, granularity, basis
         return Rounded(_store(self.folder).get(layer))
 
 

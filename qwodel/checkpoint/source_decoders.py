@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 
 from qwodel.algorithms.fp8_decode import codes_to_float
-from qwodel.algorithms.hadamard import convrot_weight
+from qwodel.algorithms.hadamard import Basis, ConvRot, Rotation, convrot_weight
+from qwodel.algorithms.quip import QuipTransform
 from qwodel.checkpoint.packed_fp4 import decode_mxfp4, decode_nvfp4, unswizzle_scales
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 
@@ -87,9 +88,39 @@ class RotatedDecoder:
     rotated: ScaledDecoder
     size: int
 
+    def basis(self, reader: UnifiedSafetensorsLoader) -> Basis:
+        """The basis of the codes."""
+        del reader
+        return ConvRot(self.size)
+
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
         rows = self.rotated.rows(reader, start, stop)
         return convrot_weight(rows, self.size).to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class QuipDecoder:
+    """QuIP weights: scaled codes whose rows and columns are rotated; any row takes all of them.
+
+    Attributes:
+        rotated: decodes the rotated weight.
+        shape: the weight's shape.
+        signs_out, signs_in: names of the rotations' signs.
+    """
+
+    rotated: ScaledDecoder
+    shape: tuple[int, int]
+    signs_out: str
+    signs_in: str
+
+    def basis(self, reader: UnifiedSafetensorsLoader) -> Basis:
+        """The basis of the codes."""
+        outputs = Rotation.from_signs(reader.get_tensor(self.signs_out))
+        return QuipTransform(outputs, Rotation.from_signs(reader.get_tensor(self.signs_in)))
+
+    def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
+        whole = self.rotated.rows(reader, 0, self.shape[0])
+        return self.basis(reader).restore(whole.float())[start:stop].to(whole.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from qwodel.algorithms.hadamard import convrot_group_size
+from qwodel.algorithms.hadamard import Basis, ConvRot, convrot_group_size
 from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR, Granularity, QuantType
+from qwodel.algorithms.quip import QuipTransform
 from qwodel.exceptions import ConfigurationError, did_you_mean
 
 __all__ = ["STORAGE_FORMATS", "StorageFormat", "storage_format"]
@@ -23,6 +24,7 @@ class StorageFormat:
 
     Attributes:
         convrot: columns are rotated in ConvRot groups before they are quantized.
+        quip_seed: rows and columns are rotated by the random Hadamard transforms of this seed.
     """
 
     name: str
@@ -30,6 +32,7 @@ class StorageFormat:
     granularity: Granularity = TENSOR
     cast_to: str | None = None
     convrot: bool = False
+    quip_seed: int | None = None
 
     @property
     def quantizes(self) -> bool:
@@ -44,6 +47,18 @@ class StorageFormat:
     def convrot_size(self, columns: int) -> int | None:
         """The rotation's group size for a weight of so many columns; ``None`` where nothing is rotated."""
         return convrot_group_size(columns) if self.convrot else None
+
+    def basis(self, shape: tuple[int, ...]) -> Basis | None:
+        """The basis that codes of a weight of this shape belong to; ``None`` for the weight's own."""
+        if self.quip_seed is not None:
+            return QuipTransform.seeded((shape[0], shape[1]), self.quip_seed)
+        size = self.convrot_size(shape[1]) if self.convrot else None
+        return None if size is None else ConvRot(size)
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a code depends on more than its own row, so that weights are worked on whole."""
+        return self.quip_seed is not None
 
     def fitting(self, columns: int) -> StorageFormat:
         """This format, or its form without rotation where no group size divides the columns."""
@@ -80,6 +95,7 @@ STORAGE_FORMATS = _table(
     StorageFormat("int8_tensor", INT8, TENSOR),
     StorageFormat("int8_row", INT8, ROW),
     StorageFormat("int8_convrot", INT8, ROW, convrot=True),
+    StorageFormat("int8_quip", INT8, ROW, quip_seed=0),
     StorageFormat("int8_block", INT8, Granularity.block(128)),
     StorageFormat("fp16", cast_to="F16"),
     StorageFormat("bf16", cast_to="BF16"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qwodel.algorithms.data_aware import RoundingReport
-from qwodel.algorithms.hadamard import convrot_weight
+from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.quant_types import TENSOR
 from qwodel.algorithms.scales import absmax_scale, quantize
 from qwodel.checkpoint.decisions import Action
@@ -58,6 +58,8 @@ def in_slabs(plan: TensorPlan) -> bool:
     """Whether the method takes a weight in slabs of rows instead of whole."""
     if plan.action is not Action.QUANTIZE or plan.rounding is None or plan.format is None:
         return True
+    if plan.format.mixes_rows:
+        return False
     return isinstance(plan.rounding, Nearest) or plan.rounding.rows_apart(plan.format.granularity)
 
 
@@ -105,13 +107,13 @@ def _on(device: torch.device, pieces: Iterator[torch.Tensor]) -> Iterator[torch.
 
 def _rotated(plan: TensorPlan, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Pieces in the basis in which they are rounded."""
-    size = _convrot(plan)
+    basis = _basis(plan)
     for piece in pieces:
-        yield piece if size is None else convrot_weight(piece, size)
+        yield piece if basis is None else basis.apply(piece.float())
 
 
-def _convrot(plan: TensorPlan) -> int | None:
-    return plan.format.convrot_size(plan.source.shape[1]) if plan.format else None
+def _basis(plan: TensorPlan) -> Basis | None:
+    return plan.format.basis(plan.source.shape) if plan.format else None
 
 
 def _in_place(target: str, pieces: Iterator[torch.Tensor]) -> Iterator[Write]:
@@ -183,7 +185,7 @@ def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> 
     assert plan.rounding is not None
     layer = plan.name.removesuffix(".weight")
     rounded = plan.rounding.round(
-        rows, wanted.quant_type, wanted.granularity, layer=layer, convrot=_convrot(plan)
+        rows, wanted.quant_type, wanted.granularity, layer=layer, basis=_basis(plan)
     )
     done = rounded.codes
     if done.quant_type != wanted.quant_type or done.granularity != wanted.granularity:

@@ -19,6 +19,7 @@ import torch
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.plan import TensorPlan
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.rounding import FromStatistics
 from qwodel.checkpoint.tensor_compute import Measured, Write, compute_tensor, in_slabs, plan_slabs, threads
 from qwodel.checkpoint.writer import FilePlan, PlannedWriter
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
@@ -96,7 +97,12 @@ class TensorWorker:
 
     def needs(self, plan: TensorPlan) -> Mapping[str, int]:
         """Return sizes that grow with the weight, by the names of streaming thresholds; none for slabs of rows."""
-        return {} if in_slabs(plan) else {"hadamard": math.prod(plan.source.shape)}
+        if in_slabs(plan):
+            return {}
+        needs = {"hadamard": math.prod(plan.source.shape)}
+        if isinstance(plan.rounding, FromStatistics):
+            needs |= {"hessian": plan.source.shape[1], "ldlq": plan.source.shape[1]}
+        return needs
 
     def read(self, plan: TensorPlan) -> Iterator[torch.Tensor]:
         """Yield what :meth:`compute` will want of the source, in that order, in memory of its own."""

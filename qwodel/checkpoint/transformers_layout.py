@@ -74,9 +74,9 @@ class TransformersLayout:
                 "compressed-tensors has no FP8 E5M2, so no model directory can be written in it",
                 hint="use fp8_e4m3, or the comfyui layout",
             )
-        if wanted.convrot:
+        if wanted.convrot or wanted.quip_seed is not None:
             raise ConfigurationError(
-                "compressed-tensors readers do not rotate activations as ConvRot weights need",
+                f"compressed-tensors readers do not rotate activations as {wanted.name} weights need",
                 hint="use layout='comfyui', or the format int8_row",
             )
         granularity = wanted.granularity

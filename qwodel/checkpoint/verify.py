@@ -17,7 +17,6 @@ from typing import Any, Self
 import torch
 
 from qwodel.algorithms.fp8_decode import codes_to_float
-from qwodel.algorithms.hadamard import convrot_weight
 from qwodel.checkpoint.convert import Conversion
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.dequantize_sources import resolve_sources
@@ -27,7 +26,7 @@ from qwodel.checkpoint.plan import Plan, TensorPlan
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.rounding import Nearest
 from qwodel.checkpoint.slabs import row_slabs
-from qwodel.checkpoint.source_decoders import RotatedDecoder, ScaledDecoder
+from qwodel.checkpoint.source_decoders import QuipDecoder, RotatedDecoder, ScaledDecoder
 from qwodel.checkpoint.tensor_work import weight_rows
 from qwodel.exceptions import IntegrityError
 from qwodel.progress import Progress
@@ -167,24 +166,26 @@ class _Verifier:
         plan = check.plan
         decoded = self._decoded.get(plan.name)
         decoder = None if decoded is None else decoded.decoder
-        size = None
-        if isinstance(decoder, RotatedDecoder):
+        basis, slab = None, _MEASURE_ELEMENTS
+        if isinstance(decoder, RotatedDecoder | QuipDecoder):
             # Rotations keep lengths: the error is measured where the codes are, before it is turned back.
-            size, decoder = decoder.size, decoder.rotated
+            basis = decoder.basis(self._output)
+            slab = slab if isinstance(decoder, RotatedDecoder) else math.prod(plan.source.shape)
+            decoder = decoder.rotated
         if not isinstance(decoder, ScaledDecoder):
             raise IntegrityError(f"{plan.name!r} cannot be decoded from what was written")
         multiple = decoder.block[0] if decoder.block[0] < plan.source.shape[0] else 1
         signal, noise, worst = 0.0, 0.0, 0.0
-        for start, stop in row_slabs(plan.source.shape, multiple, _MEASURE_ELEMENTS):
+        for start, stop in row_slabs(plan.source.shape, multiple, slab):
             weight = weight_rows(self._source, plan, start, stop).float()
-            if size is not None:
-                weight = convrot_weight(weight, size)
+            if basis is not None:
+                weight = basis.apply(weight)
             codes = codes_to_float(self._output.get_rows(decoder.data, start, stop))
             scale = decoder.spread(self._output, start, stop, codes.shape)
             error = (codes * scale).sub_(weight)
             signal += _square_sum(weight)
             noise += _square_sum(error)
-            turned = error if size is None else convrot_weight(error, size)
+            turned = error if basis is None else basis.restore(error)
             worst = max(worst, float(turned.abs().amax()))
             if isinstance(plan.rounding, Nearest):
                 _check_bound(plan, codes, scale, error)

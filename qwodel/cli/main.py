@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from qwodel import __version__
-from qwodel.cli import check, formats, inspect, plan, quantize, quickstart, smoothquant
+from qwodel.cli import calibrate, check, formats, inspect, plan, quantize, quickstart, smoothquant
 
 __all__ = ["app", "main"]
 
@@ -47,6 +47,7 @@ def _root(
 
 app.command("quantize")(quantize.quantize)
 app.command("plan")(plan.plan)
+app.command("calibrate")(calibrate.calibrate)
 app.command("list-backends")(formats.list_backends)
 app.command("list-formats")(formats.list_formats)
 app.command("list-options")(formats.list_options)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         merge_multiple_loras,
     )
     from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+    from qwodel.checkpoint.weights import read_weights
     from qwodel.evaluation.quality import QualityReporter
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "merge_lora_into_weight",
     "merge_multiple_loras",
     "plan_int8",
+    "read_weights",
 ]
 
 _HOME = {
@@ -52,6 +54,7 @@ _HOME = {
     "load_lora_tensors": "qwodel.checkpoint.lora",
     "merge_lora_into_weight": "qwodel.checkpoint.lora",
     "merge_multiple_loras": "qwodel.checkpoint.lora",
+    "read_weights": "qwodel.checkpoint.weights",
 }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.pipeline import executor_for, make_executor
 from qwodel.checkpoint.plan import Plan, build_plan
@@ -31,6 +33,7 @@ class Int8Conversion:
         below_threshold: names of layers whose SQNR is below ``quality_threshold``.
         warnings: what the user should know of the file.
         fell_back: tensors that the CPU took over as the device's memory ran out.
+        rounding: layer → how its codes were found, where statistics were given.
     """
 
     path: Path
@@ -38,6 +41,7 @@ class Int8Conversion:
     below_threshold: tuple[str, ...]
     warnings: tuple[str, ...]
     fell_back: tuple[str, ...] = ()
+    rounding: Mapping[str, RoundingReport] = field(default_factory=dict)
 
 
 def convert_to_int8(
@@ -123,7 +127,17 @@ def convert_to_int8(
         quality_threshold: in dB; layers below are warned of.
         merge_lora_path, merge_lora_paths, merge_lora_scale, merge_lora_dampen: merged first;
             the k-th counts 0.9ᵏ when dampened.
-        **converter_kwargs: ``scaling_mode`` (``"row"``, ``"tensor"`` or ``"block"``),
+        calibration_data_path: activation statistics (``qwodel calibrate`` makes them): codes then have
+            the least error of the layers' outputs, by GPTQ unless ``optimizer`` says otherwise.
+        gptq_actorder, gptq_fast, gptq_turbo: columns with the largest inputs first; later columns updated
+            once a block; the inner loop as a Triton kernel. The last two do not change codes.
+        quip_actorder, quip_checkpointed, quip_checkpoint_threshold, quip_checkpoint_segments: the same
+            order for QuIP; its inverse factor made in parts for that many inputs: less memory, same codes.
+        quip_store_transformed, quip_hadamard, quip_seed: keep codes in the basis of seeded random
+            rotations; :func:`~qwodel.int8.read_weights` decodes them, ComfyUI does not.
+        quip_requant_scheme, quip_requant_tensor_per_row: ``"tensor"`` with a scale a row, or one in all;
+            or ``"block"``: the scales of codes in the original basis.
+        **converter_kwargs: ``scaling_mode`` (``"row"``, ``"tensor"``, ``"block"`` or ``"convrot"``),
             ``block_size``, ``optimizer`` and the options of learned rounding; ``workers``;
             ``device`` (``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"auto"``).
 
@@ -148,10 +162,11 @@ def convert_to_int8(
                 "quality": [layer.as_dict() for layer in quality],
                 "warnings": list(plan.warnings),
                 "fell_back_to_cpu": list(conversion.fell_back),
+                "rounding": {layer: asdict(report) for layer, report in conversion.reports.items()},
             }
         )
     below = _report(quality, quality_threshold, report_quality)
-    return Int8Conversion(target, quality, below, plan.warnings, conversion.fell_back)
+    return Int8Conversion(target, quality, below, plan.warnings, conversion.fell_back, conversion.reports)
 
 
 def plan_int8(*args: Any, **kwargs: Any) -> Plan:

@@ -39,7 +39,7 @@ class QuIPInt8Converter:
         lazy_updates: update later columns once a block; same codes.
         store_transformed: leave codes and row scales in the rotated basis.
         requant_scheme: scales in the original basis: ``"tensor"`` (see the next argument) or
-            ``"block"``, one for each run of ``block_size`` weights of a row.
+            ``"block"``, one for each square of ``block_size`` weights.
         requant_tensor_use_per_row_scale: one scale a row instead of one for the tensor.
         streaming_mode, streaming_thresholds, no_memory_limits: which weights a device leaves to the CPU:
             those whose inputs, or elements to rotate, exceed the mode's thresholds.
@@ -74,13 +74,17 @@ class QuIPInt8Converter:
         if requant_scheme not in _SCHEMES:
             raise ConfigurationError(f"requant_scheme is 'tensor' or 'block', not {requant_scheme!r}")
         mode = "row" if requant_tensor_use_per_row_scale else "tensor"
-        self.granularity = scale_granularity("group" if requant_scheme == "block" else mode, block_size)
-        self.options = QuipOptions(
-            GptqOptions(block_size, act_order=actorder, lazy=lazy_updates), use_hadamard, seed or 0
+        self.granularity = scale_granularity("block" if requant_scheme == "block" else mode, block_size)
+        solver = GptqOptions(
+            block_size,
+            act_order=actorder,
+            lazy=lazy_updates,
+            segments=checkpoint_segments,
+            segment_from=checkpointed_ldlq_threshold,
         )
-        self.segments = checkpoint_segments if use_checkpointed_ldlq else 1
-        self.segment_from = checkpointed_ldlq_threshold
-        replace(self.options.solver, segments=checkpoint_segments)  # checked whether used or not
+        if not use_checkpointed_ldlq:
+            solver = replace(solver, segments=1)
+        self.options = QuipOptions(solver, use_hadamard, seed or 0)
         self.store_transformed = store_transformed
         self.device = device_or_cpu(device)
         self.solver = block_solver(use_triton)
@@ -115,10 +119,8 @@ class QuIPInt8Converter:
         gram = None if H is None else H.to(place)
         peaks = None if activation_scales is None else activation_scales.to(place)
         solver = self.options.solver
-        if weight.shape[-1] >= self.segment_from:
-            solver = replace(solver, segments=self.segments)
         if self.store_transformed:
-            options = replace(self.options, solver=solver, smoothing_alpha=smoothquant_alpha)
+            options = replace(self.options, smoothing_alpha=smoothquant_alpha)
             codes, transform = quip_transformed(there, INT8, gram, options, peaks, inner=self.solver)
             self.transform, done = transform, transform.restore(codes.dequantize())
         else:

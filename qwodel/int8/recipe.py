@@ -19,6 +19,7 @@ from qwodel.checkpoint.rounding import Learned, Nearest, Rounding
 from qwodel.checkpoint.storage_format import StorageFormat, storage_format
 from qwodel.checkpoint.streaming import StreamingOptions, resolve_device
 from qwodel.exceptions import ConfigurationError, did_you_mean
+from qwodel.int8.columnwise import COLUMNWISE, columnwise_rounding, learned_with_data, quip_format
 
 __all__ = ["Int8Arguments"]
 
@@ -35,8 +36,8 @@ _NEUTRAL_ENVIRONMENT = {
         "Hadamard transforms are computed in fp64 here: one that is rounded cannot be undone",
     ),
 }
-_SCALING_MODES = ("tensor", "row", "block")
-_LEARNING = {"optimizer": "original", "num_iter": 1000, "lr": 0.008, "top_p": 0.2, "min_k": 64, "max_k": 1024}
+_SCALING_MODES = ("tensor", "row", "block", "convrot")
+_LEARNING = {"num_iter": 1000, "lr": 0.008, "top_p": 0.2, "min_k": 64, "max_k": 1024}
 _NEEDS_GPTQ = {"gptq_actorder": False, "gptq_fast": True, "gptq_turbo": False}
 _NEEDS_QUIP = {
     "quip_actorder": True, "quip_hadamard": True, "quip_seed": None, "quip_store_transformed": False,
@@ -54,9 +55,14 @@ _DEPENDENT: Mapping[tuple[str, ...], Mapping[str, Any]] = {
     ("merge_lora_path", "merge_lora_paths"): {"merge_lora_scale": 1.0, "merge_lora_dampen": True},
 }  # fmt: skip
 _UNSUPPORTED = {
-    "smoothquant": (False, "its factors need real activations, and readers of INT8 files cannot undo them"),
-    "calibration_data_path": (None, "this release chooses codes from the weights alone"),
-    "calibration_lora_path": (None, "this release chooses codes from the weights alone"),
+    "smoothquant": (
+        False,
+        "readers of INT8 files cannot undo its factors; the format int8_convrot tames outliers",
+    ),
+    "calibration_lora_path": (
+        None,
+        "a LoRA does not say what inputs a layer sees; merge_lora_path merges it",
+    ),
 }
 
 
@@ -90,13 +96,8 @@ class Int8Arguments:
                 raise ConfigurationError(f"{name} is not supported: {why}", hint=f"leave {name} out")
         methods: tuple[tuple[str, Mapping[str, Any]], ...] = (("gptq", _NEEDS_GPTQ), ("quip", _NEEDS_QUIP))
         for method, needs in methods:
-            if self.converter.get("optimizer") == method:
-                raise ConfigurationError(
-                    f"optimizer={method!r} needs activation statistics, which this release does not take",
-                    hint="use original, adamw, radam or ppsf, or no_learned_rounding=True",
-                )
             for name, neutral in needs.items():
-                if self.options[name] != neutral:
+                if self.optimizer() != method and self.options[name] != neutral:
                     raise ConfigurationError(f"{name} has an effect with optimizer={method!r} only")
         for owner, dependents in _DEPENDENT.items():
             if not any(self.options[name] for name in owner):
@@ -111,6 +112,20 @@ class Int8Arguments:
                 )
         if self.calib_samples < 0:
             raise ConfigurationError(f"calib_samples counts samples, so it is not {self.calib_samples}")
+
+    def optimizer(self) -> str:
+        """Return the method that chooses codes: GPTQ where there are statistics and nothing else is asked for."""
+        if self.options["no_learned_rounding"] or self.options["fp16"]:
+            return "none"
+        given = self._settings()
+        if "optimizer" in given:
+            return str(given["optimizer"])
+        return "gptq" if self.options["calibration_data_path"] is not None and not given else "original"
+
+    def _settings(self) -> dict[str, Any]:
+        """Return keyword arguments that belong to the method."""
+        engine = ("scaling_mode", "block_size", "device", "workers")
+        return {name: value for name, value in self.converter.items() if name not in engine}
 
     def device(self) -> torch.device:
         """Return where codes are computed: the CPU unless ``device`` says otherwise; ``low_memory`` forces it.
@@ -191,13 +206,19 @@ class Int8Arguments:
         size = self.converter.get("block_size")
         if self.options["fp16"]:
             return storage_format("fp16")
+        if self.optimizer() == "quip":
+            if "scaling_mode" in self.converter:
+                raise ConfigurationError("with optimizer='quip' the quip_requant options choose the scales")
+            return quip_format(self.options, size)
+        if mode == "convrot":
+            return storage_format("int8_convrot", size)
         if mode not in _SCALING_MODES:
             raise ConfigurationError(
                 f"there is no scaling mode {mode!r}", hint=did_you_mean(str(mode), _SCALING_MODES)
             )
         return storage_format(f"int8_{mode}", size if mode == "block" else None)
 
-    def _custom(self, rounding: Rounding) -> LayerOverride | None:
+    def _custom(self, rounding: Rounding | None) -> LayerOverride | None:
         options = self.options
         if options["custom_layers"] is None:
             return None
@@ -208,20 +229,27 @@ class Int8Arguments:
         chosen = Nearest() if options["custom_simple"] else rounding
         return LayerOverride(options["custom_layers"], wanted, chosen, options["custom_heur"])
 
-    def _rounding(self) -> Rounding:
-        extra = {
-            name: value
-            for name, value in self.converter.items()
-            if name not in ("scaling_mode", "block_size", "device", "workers")
-        }
-        if self.options["no_learned_rounding"] or self.options["fp16"]:
-            if extra:
-                raise ConfigurationError(
-                    f"{next(iter(extra))} belongs to learned rounding, which is switched off"
-                )
+    def _rounding(self) -> Rounding | None:
+        method, settings = self.optimizer(), self._settings()
+        data = self.options["calibration_data_path"] is not None
+        if method == "none":
+            if settings or data:
+                name = next(iter(settings), "calibration_data_path")
+                raise ConfigurationError(f"{name} belongs to learned rounding, which is switched off")
             return Nearest()
-        settings = {**_LEARNING, "seed": self.seed, **extra}
-        return Learned(rounding_options(str(settings.pop("optimizer")), settings))
+        settings.pop("optimizer", None)
+        if method in COLUMNWISE:
+            if settings:
+                raise ConfigurationError(
+                    f"{next(iter(settings))} belongs to learned rounding, not to optimizer={method!r}"
+                )
+            return columnwise_rounding(method, self.options)
+        settings = {**_LEARNING, "seed": self.seed, **settings}
+        return (
+            learned_with_data(method, settings, self.options)
+            if data
+            else Learned(rounding_options(method, settings))
+        )
 
     def _loras(self) -> tuple[LoraSource, ...]:
         single, several = self.options["merge_lora_path"], self.options["merge_lora_paths"]

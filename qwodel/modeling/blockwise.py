@@ -15,37 +15,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwodel.algorithms.data_aware import RoundedWeight, RoundingReport
+from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport, round_together
 from qwodel.algorithms.gram import InputStatistics
-from qwodel.algorithms.quant_types import Granularity, QuantType
 from qwodel.checkpoint.code_store import CodeStore
+from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import QuantizationError
 from qwodel.modeling.lazy_model import LazyModel
-from qwodel.modeling.recorder import InputRecorder, LayerId, layers_to_record
-from qwodel.modeling.stepwise import Arrival, run_in_step
+from qwodel.modeling.model_blocks import ModelBlocks, layer_name
+from qwodel.modeling.recorder import InputRecorder
+from qwodel.modeling.stepwise import Arrival
 from qwodel.progress import Progress
 
-__all__ = ["LayerTask", "Solver", "quantize_blockwise"]
+__all__ = ["Solver", "quantize_blockwise", "round_stored"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerTask:
-    """What one checkpoint weight is to become."""
-
-    quant_type: QuantType
-    granularity: Granularity
-    convrot: bool = False
-
-
-Solver = Callable[[Sequence[torch.Tensor], LayerTask, InputStatistics | None], Sequence[RoundedWeight]]
+Solver = Callable[[Sequence[torch.Tensor], StorageFormat, InputStatistics | None], Sequence[RoundedWeight]]
 """Rounds weights that read the same inputs and have the same task; without statistics, without data."""
 
 
 def quantize_blockwise(
     lazy: LazyModel,
-    tasks: Mapping[str, LayerTask],
+    tasks: Mapping[str, StorageFormat],
     batches: Sequence[Mapping[str, torch.Tensor]],
     solve: Solver,
     store: CodeStore,
@@ -72,66 +64,57 @@ def quantize_blockwise(
     return _Run(lazy, tasks, batches, solve, store, progress).run()
 
 
+def round_stored(
+    weights: Sequence[torch.Tensor],
+    task: StorageFormat,
+    statistics: InputStatistics | None,
+    options: DataAware,
+) -> list[RoundedWeight]:
+    """:func:`~qwodel.algorithms.data_aware.round_together` in the basis of a storage format."""
+    assert task.quant_type is not None
+    bases = [task.basis(tuple(weight.shape)) for weight in weights]
+    known = [basis for basis in bases if basis is not None]
+    return round_together(
+        weights, task.quant_type, task.granularity, statistics, options, bases=known or None
+    )
+
+
 @dataclass(slots=True)
 class _Run:
     lazy: LazyModel
-    tasks: Mapping[str, LayerTask]
+    tasks: Mapping[str, StorageFormat]
     batches: Sequence[Mapping[str, torch.Tensor]]
     solve: Solver
     store: CodeStore
     progress: Progress
+    blocks: ModelBlocks = field(init=False)
     reports: dict[str, RoundingReport] = field(default_factory=dict)
-    names: dict[nn.Module, str] = field(default_factory=dict)
-    keys: dict[LayerId, list[str]] = field(default_factory=dict)
     steps_done: int = 0
-    steps: int = 1
+
+    def __post_init__(self) -> None:
+        self.blocks = ModelBlocks.of(self.lazy, self.tasks)
 
     def run(self) -> dict[str, RoundingReport]:
-        model = self.lazy.model
-        self.names = {module: name for name, module in model.named_modules()}
-        parameters = self._locate()
-        recorded = layers_to_record(model, parameters)
-        units = find_units(model, list(recorded.values()))
+        units = len(self.blocks.units)
         log.info(
-            "%d layers in %d blocks are quantized on %d batches",
-            len(self.tasks),
-            len(units),
-            len(self.batches),
+            "%d layers in %d blocks are quantized on %d batches", len(self.tasks), units, len(self.batches)
         )
-        self.progress.stage("calibrate", f"{len(units)} blocks")
-        self.steps = max(1, 2 * len(units) * len(self.batches))
-        _load_outside(self.lazy, model, "", frozenset(units))
-        model.tie_weights()
-        with torch.no_grad():
-            run_in_step(lambda batch: model(**batch), self.batches, units, self._visit)
+        self.progress.stage("calibrate", f"{units} blocks")
+        self.blocks.run(self.batches, self._visit)
         self._round_unseen()
         return self.reports
 
-    def _locate(self) -> set[str]:
-        """Note which checkpoint weights each layer consists of; return the parameters concerned."""
-        found = set()
-        for name, _ in self.lazy.model.named_parameters(remove_duplicate=False):
-            for part in self.lazy.parts(name):
-                if layer_name(part.key) in self.tasks:
-                    expert = part.index if part.pattern and "*" in part.pattern else None
-                    self.keys.setdefault((name, expert), []).append(part.key)
-                    found.add(name)
-        return found
-
     def _visit(self, unit: nn.Module, arrivals: Sequence[Arrival]) -> Iterator[Any]:
-        name = self.names[unit]
+        name = self.blocks.names[unit]
         self.lazy.load(unit, name)
-        layers = layers_to_record(unit, {key[0].removeprefix(f"{name}.") for key in self.keys})
-        layers = {f"{name}.{inner}" if inner else name: module for inner, module in layers.items()}
-        with InputRecorder(layers) as recorder:
+        with InputRecorder(self.blocks.layers_in(unit)) as recorder:
             for arrival in arrivals:
                 unit(*_copied(arrival.args), **_copied(arrival.kwargs))
                 recorder.end_pass()
                 self._step(f"watching {name}")
         replaced: dict[str, torch.Tensor] = {}
         for group in recorder.groups():
-            keys = [key for layer in group.layers for key in self.keys.get(layer, ())]
-            replaced |= self._solve(keys, group.sums.result())
+            replaced |= self._solve(self.blocks.weights_of(group.layers), group.sums.result())
         self.lazy.load(unit, name, replaced)
         replaced.clear()
         for arrival in arrivals:
@@ -157,10 +140,12 @@ class _Run:
         return replaced
 
     def _round_unseen(self) -> None:
-        unseen = [key for keys in self.keys.values() for key in keys if layer_name(key) not in self.reports]
+        unseen = [
+            key for keys in self.blocks.keys.values() for key in keys if layer_name(key) not in self.reports
+        ]
         for key in unseen:
             self._solve([key], None)
-        known = {layer_name(key) for keys in self.keys.values() for key in keys}
+        known = {layer_name(key) for keys in self.blocks.keys.values() for key in keys}
         if missing := sorted(set(self.tasks) - known):
             raise QuantizationError(
                 f"{len(missing)} weights belong to no layer of the model that runs: {', '.join(missing[:3])}",
@@ -173,48 +158,8 @@ class _Run:
 
     def _step(self, message: str) -> None:
         self.steps_done += 1
-        self.progress.update(min(self.steps_done, self.steps), self.steps, message)
-
-
-def layer_name(key: str) -> str:
-    """A checkpoint weight's layer: its name without ``.weight``."""
-    return key.removesuffix(".weight")
-
-
-def find_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules to stop at: elements of the outermost module lists that hold one of ``layers``.
-
-    Layers outside any list, such as a head, are units of their own.
-    """
-    wanted = set(layers)
-
-    def search(module: nn.Module) -> Iterator[nn.Module]:
-        if module in wanted:
-            yield module
-            return
-        for child in module.children():
-            # A list inside a list is never called itself.
-            if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList | nn.ModuleDict):
-                if wanted.intersection(child.modules()):
-                    yield child
-            else:
-                yield from search(child)
-
-    return list(dict.fromkeys(search(model)))
-
-
-def _load_outside(lazy: LazyModel, module: nn.Module, name: str, units: frozenset[nn.Module]) -> None:
-    """Load everything that lies in no unit and may be needed before the last one."""
-    head = lazy.model.get_output_embeddings() if hasattr(lazy.model, "get_output_embeddings") else None
-    for inner, child in module.named_children():
-        full = f"{name}.{inner}" if name else inner
-        if child in units or child is head:
-            continue
-        if units.intersection(child.modules()):
-            _load_outside(lazy, child, full, units)
-        else:
-            lazy.load(child, full)
-    lazy.load_own(module, name)
+        steps = 2 * len(self.blocks.units) * len(self.batches)
+        self.progress.update(min(self.steps_done, steps), steps, message)
 
 
 def _copied(value: Any) -> Any:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport, round_together
+from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.calibration import DEFAULT_DATASET, CalibrationSpec, load_tokens
 from qwodel.checkpoint.code_store import CodeStore
+from qwodel.checkpoint.dequantize_sources import resolve_sources
 from qwodel.checkpoint.plan import Plan, TensorPlan
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.rounding import FromStore
+from qwodel.checkpoint.statistics import write_statistics
+from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.tensor_work import weight_rows
 from qwodel.exceptions import (
     ConversionError,
@@ -25,11 +30,20 @@ from qwodel.exceptions import (
     ResourceError,
     ValidationError,
 )
-from qwodel.modeling.blockwise import LayerTask, quantize_blockwise
+from qwodel.modeling.blockwise import quantize_blockwise, round_stored
+from qwodel.modeling.collect import collect_blockwise, kept_statistics
 from qwodel.modeling.lazy_model import LazyModel, config_of, open_lazily
-from qwodel.progress import Progress
+from qwodel.modeling.model_blocks import ModelBlocks
+from qwodel.output import StagedOutput, disk_errors
+from qwodel.progress import Progress, ProgressCallback
 
-__all__ = ["CalibrationOptions", "calibration_batches", "find_codes", "load_tokenizer"]
+__all__ = [
+    "CalibrationOptions",
+    "calibration_batches",
+    "collect_from_checkpoint",
+    "find_codes",
+    "load_tokenizer",
+]
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +101,7 @@ def find_codes(
         Cancelled: the progress callback raised.
     """
     tasks = {
-        each.name.removesuffix(".weight"): LayerTask(
-            each.format.quant_type, each.format.granularity, each.format.convrot
-        )
+        each.name.removesuffix(".weight"): each.format
         for each in plan.tensors
         if isinstance(each.rounding, FromStore) and each.format and each.format.quant_type
     }
@@ -100,28 +112,96 @@ def find_codes(
         batches = list(calibration_batches(plan.source, lazy.model.config, calibration, widest))
 
         def solve(
-            weights: Sequence[torch.Tensor], task: LayerTask, statistics: InputStatistics | None
+            weights: Sequence[torch.Tensor], task: StorageFormat, statistics: InputStatistics | None
         ) -> list[RoundedWeight]:
-            return round_together(
-                weights, task.quant_type, task.granularity, statistics, method, convrot=task.convrot
-            )
+            return round_stored(weights, task, statistics, method)
 
-        try:
+        with _explained(lazy, calibration):
             reports = quantize_blockwise(lazy, tasks, batches, solve, CodeStore(folder), progress)
-        except QuantizationError:
-            raise
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{calibration.device} has no room for a block and {calibration.batch_size} sequences",
-                hint="pass a smaller batch_size or seq_length, or device='cpu'",
-            ) from error
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            raise ConversionError(
-                f"{type(lazy.model).__name__} does not run block by block: {error}",
-                hint="run it yourself with qwodel.modeling.collect_statistics and pass the file",
-            ) from error
     filled = tuple(_filled(each, folder) for each in plan.tensors)
     return replace(plan, tensors=filled), reports
+
+
+def collect_from_checkpoint(
+    folder: Path,
+    path: Path,
+    calibration: CalibrationOptions,
+    *,
+    gram: bool = True,
+    progress_callback: ProgressCallback | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Run a model directory on calibration text, block by block, and keep what its linear layers read.
+
+    Memory holds one block and the batches' hidden states; statistics go to disk block by block.
+
+    Args:
+        folder: the model directory.
+        path: the statistics file to write.
+        calibration: the text.
+        gram: keep Gram matrices, not only means and greatest values.
+        progress_callback: gets ``(percent, stage, message)``.
+        overwrite: replace an existing file.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        as :func:`find_codes`.
+    """
+    progress = Progress(progress_callback, {"resolve": 1, "calibrate": 95, "publish": 4})
+    with (
+        StagedOutput(path, overwrite=overwrite) as output,
+        UnifiedSafetensorsLoader(folder, low_memory=True) as reader,
+        disk_errors(f"collecting statistics for {path}"),
+    ):
+        progress.stage("calibrate", "reading the calibration text")
+        lazy = _open_source(Path(folder), reader, torch.device(calibration.device))
+        blocks = ModelBlocks.of(lazy)
+        widest = max(
+            (each.in_features for each in lazy.model.modules() if isinstance(each, nn.Linear)), default=1
+        )
+        batches = list(calibration_batches(Path(folder), lazy.model.config, calibration, widest))
+        with _explained(lazy, calibration):
+            described = collect_blockwise(blocks, batches, output.scratch, progress, gram=gram)
+        progress.stage("publish", path.name)
+        write_statistics(output.path, kept_statistics(described, output.scratch), described)
+        output.publish({"layers": {entry.layers[0]: entry.count for entry in described}})
+    progress.complete(str(path))
+    return path
+
+
+def _open_source(folder: Path, reader: UnifiedSafetensorsLoader, device: torch.device) -> LazyModel:
+    config = config_of(folder)
+    tensors = {each.name: each for each in resolve_sources(reader, config).tensors}
+
+    def read(name: str) -> torch.Tensor:
+        source = tensors[name]
+        if source.shape:
+            return source.row_decoder.rows(reader, 0, source.shape[0])
+        return reader.get_tensor(source.stored[0])
+
+    wide = sum(each.dtype in ("F32", "F64") for each in tensors.values()) * 2 > len(tensors)
+    return open_lazily(config, tensors, read, dtype=torch.float32 if wide else torch.bfloat16, device=device)
+
+
+@contextmanager
+def _explained(lazy: LazyModel, calibration: CalibrationOptions) -> Iterator[None]:
+    """Turn what a model's own code raises into errors with a cause and a cure."""
+    try:
+        yield
+    except QuantizationError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{calibration.device} has no room for a block and {calibration.batch_size} sequences",
+            hint="pass a smaller batch_size or seq_length, or device='cpu'",
+        ) from error
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise ConversionError(
+            f"{type(lazy.model).__name__} does not run block by block: {error}",
+            hint="run it yourself with qwodel.modeling.collect_statistics and pass the file",
+        ) from error
 
 
 def _filled(tensor: TensorPlan, folder: Path) -> TensorPlan:

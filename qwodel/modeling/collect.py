@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.checkpoint.statistics import StatisticsEntry, write_statistics
 from qwodel.exceptions import CalibrationError, ConfigurationError
+from qwodel.modeling.model_blocks import ModelBlocks, layer_name
 from qwodel.modeling.recorder import InputGroup, InputRecorder, LayerId, is_fused_experts, is_linear
+from qwodel.modeling.stepwise import Arrival
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.progress import Progress, ProgressCallback
 
-__all__ = ["collect_statistics", "run_batch"]
+__all__ = ["collect_blockwise", "collect_statistics", "kept_statistics", "run_batch"]
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,59 @@ def collect_statistics(
         output.publish({"layers": {entry.layers[0]: entry.count for entry in described}, "batches": count})
     progress.complete(str(target))
     return target
+
+
+def collect_blockwise(
+    blocks: ModelBlocks,
+    batches: Sequence[Mapping[str, Any]],
+    folder: Path,
+    progress: Progress,
+    *,
+    gram: bool = True,
+) -> list[StatisticsEntry]:
+    """Run a lazily loaded model block by block; put the statistics of each group of layers into ``folder``.
+
+    Returns:
+        what was put there; :func:`kept_statistics` reads it back.
+    """
+    described: list[StatisticsEntry] = []
+    steps = len(blocks.units) * len(batches)
+    done = 0
+
+    def visit(unit: nn.Module, arrivals: Sequence[Arrival]) -> Iterator[Any]:
+        nonlocal done
+        name = blocks.names[unit]
+        blocks.lazy.load(unit, name)
+        with InputRecorder(blocks.layers_in(unit), gram) as recorder:
+            for arrival in arrivals:
+                yield unit(*arrival.args, **arrival.kwargs)
+                recorder.end_pass()
+                done += 1
+                progress.update(min(done, steps), steps, f"watching {name}")
+        blocks.lazy.unload(unit)
+        for group in recorder.groups():
+            layers = tuple(layer_name(key) for key in blocks.weights_of(group.layers))
+            result = group.sums.result()
+            tensors = {"mean": result.mean, "channel_max": result.channel_max}
+            if result.gram is not None:
+                tensors["gram"] = result.gram.float()
+            save_file(tensors, folder / f"{len(described)}.statistics")
+            described.append(StatisticsEntry(layers, len(result.mean), result.count, gram))
+
+    blocks.run(batches, visit)
+    if not described:
+        raise CalibrationError("no linear layer of the model was run on the calibration text")
+    return described
+
+
+def kept_statistics(
+    described: Sequence[StatisticsEntry], folder: Path
+) -> Iterator[tuple[StatisticsEntry, InputStatistics]]:
+    """Read back what :func:`collect_blockwise` put into ``folder``, entry by entry."""
+    for number, entry in enumerate(described):
+        tensors = load_file(folder / f"{number}.statistics")
+        gram = tensors.get("gram")
+        yield entry, InputStatistics(gram, tensors["mean"], tensors["channel_max"], entry.count)
 
 
 def run_batch(module: nn.Module, batch: Any) -> Any:

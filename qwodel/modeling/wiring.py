@@ -18,14 +18,9 @@ from qwodel.modeling.pairs import Pair, make_pair
 from qwodel.modeling.wiring_probe import infer_pairs, preserves_function
 from qwodel.modeling.wiring_table import RULES, Kind, Rule
 
-__all__ = ["Kind", "Pair", "find_pairs", "known_architectures", "preserves_function"]
+__all__ = ["Kind", "Pair", "find_pairs", "preserves_function"]
 
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+")
-
-
-def known_architectures() -> tuple[str, ...]:
-    """Return the model types the table knows."""
-    return tuple(RULES)
 
 
 def find_pairs(model: nn.Module, probe: torch.Tensor | None = None) -> tuple[Pair, ...]:

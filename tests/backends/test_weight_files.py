@@ -44,7 +44,7 @@ def single(tmp_path: Path) -> Path:
     ("backend", "formats"),
     [
         (FP8Quantizer, ["fp8_e4m3", "fp8_e4m3_row", "fp8_e4m3_block", "fp8_e5m2"]),
-        (INT8Quantizer, ["int8_row", "int8_convrot", "int8_tensor", "int8_block", "fp16"]),
+        (INT8Quantizer, ["int8_row", "int8_convrot", "int8_quip", "int8_tensor", "int8_block", "fp16"]),
     ],
 )
 def test_formats(backend: type[FP8Quantizer], formats: list[str]) -> None:

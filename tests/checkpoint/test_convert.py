@@ -267,7 +267,7 @@ class Breaks:
     def rows_apart(self, granularity: object) -> bool:
         return False
 
-    def round(self, *_: Any, layer: str, convrot: int | None = None) -> Any:
+    def round(self, *_: Any, layer: str, basis: Any = None) -> Any:
         os._exit(9)
 
 

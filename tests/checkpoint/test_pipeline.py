@@ -47,7 +47,7 @@ class OutOfMemory:
     def rows_apart(self, granularity: object) -> bool:
         return False
 
-    def round(self, *arguments: Any, layer: str, convrot: int | None = None) -> Any:
+    def round(self, *arguments: Any, layer: str, basis: Any = None) -> Any:
         self.calls.append(layer)
         if layer == VICTIM and self.calls.count(layer) <= self.times:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

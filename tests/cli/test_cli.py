@@ -107,7 +107,12 @@ def test_a_terminal_gets_a_live_bar(stories15m: Path, tmp_path: Path) -> None:
         (("quantize", "./nowhere", "-b", "gguf", "-f", "Q8_0"), 2, "nowhere does not exist"),
         (("quantize", "{model}", "-b", "gguf", "-f", "Q8_0", "-O", "pur=1"), 2, "did you mean 'pure'?"),
         (("quantize", "{model}", "-b", "gguf", "-f", "Q8_0", "-O", "pure"), 2, "is not KEY=VALUE"),
-        (("quantize", "{model}", "-b", "coreml", "-f", "int4"), 3, "pip install 'qwodel[coreml]'"),
+        (("quantize", "{model}", "-b", "segquant", "-f", "int4"), 2, "no adapter for the segquant"),
+        (
+            ("quantize", "{model}", "-b", "coreml", "-f", "int4", "-O", "deployment_target=iOS16"),
+            2,
+            "needs iOS18",
+        ),
         (("quantize", "{model}", "-b", "gguf", "-f", "IQ2_S"), 5, "needs an importance matrix"),
         (("inspect", "{model}/config.json"), 2, "no model file this library knows"),
         (("list-formats", "gguff"), 2, "did you mean 'gguf'?"),
@@ -165,6 +170,48 @@ def test_a_plan_gives_the_exact_size_and_writes_nothing(stories15m: Path, tmp_pa
     refused = qwodel("plan", stories15m, "-b", "gguf", "-f", "Q8_0")
     assert refused.returncode == 2
     assert "the gguf backend has no dry run" in refused.stderr
+
+
+def test_statistics_are_kept_once_and_used(stories15m: Path, wikitext: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(wikitext.read_text("utf-8")[:40_000], "utf-8")
+    stats = tmp_path / "stats.safetensors"
+    command = [
+        "calibrate",
+        stories15m,
+        "--data",
+        text,
+        "-o",
+        stats,
+        "--num-samples",
+        "6",
+        "--seq-length",
+        "128",
+    ]
+    done = qwodel(*command)
+    assert done.returncode == 0, done.stderr
+    assert "watching model.layers.5" in done.stderr
+    again = qwodel(*command)
+    assert again.returncode != 0
+    assert "exists" in again.stderr
+    done = qwodel(
+        "quantize", stories15m, "-b", "int8", "-f", "int8_row", "-o", tmp_path / "out", "--json",
+        "-O", f"calibration_data_path={stats}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rounding = json.loads(done.stdout)["rounding"]
+    assert {each["method"] for each in rounding.values()} == {"gptq"}
+    assert {each["tokens"] for each in rounding.values()} == {6 * 128}
+
+
+def test_calibrate_says_what_is_wrong(stories15m: Path, tmp_path: Path) -> None:
+    done = qwodel("calibrate", stories15m, "--data", "missing.txt", "-o", tmp_path / "s.safetensors")
+    assert done.returncode != 0
+    assert "missing.txt does not exist" in done.stderr
+    done = qwodel("calibrate", tmp_path, "--data", "missing.txt", "-o", tmp_path / "s.safetensors")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_completion_knows_backends_and_formats() -> None:

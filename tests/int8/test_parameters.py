@@ -238,6 +238,7 @@ NEEDS_ACTIVATIONS = [
     Case("smoothquant", {"smoothquant": True}, "smoothquant"),
     Case("smoothquant_alpha", {"smoothquant_alpha": 0.7}, "smoothquant"),
     Case("calibration_data_path", {"calibration_data_path": "x"}, "calibration_data_path"),
+    Case("calibration_data_path", {"calibration_data_path": "x", "fp16": True}, "calibration_data_path"),
     Case("calibration_lora_path", {"calibration_lora_path": "x"}, "calibration_lora_path"),
     Case("gptq_actorder", {"gptq_actorder": True}, "gptq_actorder"),
     Case("gptq_fast", {"gptq_fast": False}, "gptq_fast"),
@@ -254,7 +255,7 @@ NEEDS_ACTIVATIONS = [
     Case("converter_kwargs", {"optimizer": "gptq"}, "gptq", LEARNED),
     Case("converter_kwargs", {"optimizer": "quip"}, "quip", LEARNED),
 ]  # fmt: skip
-"""Parameters of methods that this release refuses, as it takes no activations."""
+"""Parameters that go by activations, where none are given; ``test_columnwise`` gives some."""
 
 
 @dataclass

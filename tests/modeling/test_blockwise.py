@@ -4,25 +4,25 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from qwodel.algorithms.data_aware import DataAware, round_together
+from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.gptq import gptq
 from qwodel.algorithms.hadamard import convrot_gram, convrot_weight
-from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW, TENSOR
+from qwodel.algorithms.quant_types import INT8, ROW
 from qwodel.algorithms.scales import quantize
 from qwodel.checkpoint.code_store import CodeStore
+from qwodel.checkpoint.storage_format import storage_format
 from qwodel.exceptions import Cancelled, ConversionError, QuantizationError
-from qwodel.modeling.blockwise import LayerTask, layer_name, quantize_blockwise
+from qwodel.modeling.blockwise import quantize_blockwise, round_stored
 from qwodel.modeling.lazy_model import config_of, open_lazily
+from qwodel.modeling.model_blocks import layer_name
 from qwodel.progress import Progress
 
 from .test_recorder import plain_inputs
 from .tiny_models import batches, save
 
 
-def solve(weights, task, statistics, options=DataAware()):  # noqa: B008
-    return round_together(
-        weights, task.quant_type, task.granularity, statistics, options, convrot=task.convrot
-    )
+def solve(weights, task, statistics):
+    return round_stored(weights, task, statistics, DataAware())
 
 
 def run(folder, name, task, *, keep=lambda key: "norm" not in key and "embed" not in key, progress=None):
@@ -50,7 +50,10 @@ def test_codes_are_those_of_a_hand_made_sequence(tmp_path, convrot):
     """Quantize a plain model block by block, by hand: each block's inputs come from quantized ones."""
     model = save("llama", tmp_path)
     _, store, reports, tasks = run(
-        tmp_path, "llama", LayerTask(INT8, ROW, convrot), keep=lambda key: "_proj" in key
+        tmp_path,
+        "llama",
+        storage_format("int8_convrot" if convrot else "int8_row"),
+        keep=lambda key: "_proj" in key,
     )
     assert len(tasks) == len(reports) == 21
     for block in range(3):
@@ -84,7 +87,7 @@ def test_every_layer_of_other_architectures_gains(name, tmp_path):
     _, store, reports, tasks = run(
         tmp_path,
         name,
-        LayerTask(FP8_E4M3, TENSOR),
+        storage_format("fp8_e4m3"),
         keep=lambda key: (
             not any(word in key for word in ("norm", "Norm", "embed", "shared", "bias", "lm_head"))
         ),
@@ -100,7 +103,9 @@ def test_every_layer_of_other_architectures_gains(name, tmp_path):
 
 def test_experts_have_codes_of_their_own(tmp_path):
     save("mixtral", tmp_path)
-    _, store, reports, _ = run(tmp_path, "mixtral", LayerTask(INT8, ROW), keep=lambda key: ".experts." in key)
+    _, store, reports, _ = run(
+        tmp_path, "mixtral", storage_format("int8_row"), keep=lambda key: ".experts." in key
+    )
     source = weights_of(tmp_path)
     counts = {}
     for layer, report in reports.items():
@@ -129,7 +134,7 @@ def test_only_one_block_is_ever_loaded(tmp_path):
         return solve(weights, task, statistics)
 
     (tmp_path / "store").mkdir()
-    tasks = {layer_name(key): LayerTask(INT8, ROW) for key in list(file.keys()) if "_proj" in key}
+    tasks = {layer_name(key): storage_format("int8_row") for key in list(file.keys()) if "_proj" in key}
     quantize_blockwise(lazy, tasks, batches("llama"), watch, CodeStore(tmp_path / "store"), Progress(None))
     assert most == 1
 
@@ -138,7 +143,7 @@ def test_starved_experts_are_rounded_to_nearest_and_listed(tmp_path):
     save("mixtral", tmp_path)
     file = safe_open(tmp_path / "model.safetensors", "pt")
     lazy = open_lazily(config_of(tmp_path), file.keys(), file.get_tensor)
-    tasks = {layer_name(key): LayerTask(INT8, ROW) for key in list(file.keys()) if ".experts." in key}
+    tasks = {layer_name(key): storage_format("int8_row") for key in list(file.keys()) if ".experts." in key}
     (tmp_path / "store").mkdir()
     store = CodeStore(tmp_path / "store")
     one = [{"input_ids": torch.tensor([[5]]), "use_cache": False}]
@@ -157,7 +162,10 @@ def test_weights_that_belong_to_no_layer(tmp_path):
         file = safe_open(tmp_path / "model.safetensors", "pt")
         lazy = open_lazily(config_of(tmp_path), file.keys(), file.get_tensor)
         (tmp_path / "store").mkdir()
-        tasks = {"stranger": LayerTask(INT8, ROW), "model.layers.0.self_attn.q_proj": LayerTask(INT8, ROW)}
+        tasks = {
+            "stranger": storage_format("int8_row"),
+            "model.layers.0.self_attn.q_proj": storage_format("int8_row"),
+        }
         quantize_blockwise(
             lazy, tasks, batches("llama"), solve, CodeStore(tmp_path / "store"), Progress(None)
         )
@@ -171,7 +179,7 @@ def test_cancelling_ends_the_run(tmp_path):
             raise RuntimeError("enough")
 
     with pytest.raises(Cancelled):
-        run(tmp_path, "llama", LayerTask(INT8, ROW), progress=Progress(stop, {"calibrate": 1.0}))
+        run(tmp_path, "llama", storage_format("int8_row"), progress=Progress(stop, {"calibrate": 1.0}))
 
 
 def test_codes_that_were_not_kept(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwodel.modeling.blockwise import find_units
+from qwodel.modeling.model_blocks import find_units
 from qwodel.modeling.recorder import is_fused_experts, is_linear
 from qwodel.modeling.stepwise import run_in_step
 

@@ -105,9 +105,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
     def run(self, job: Job[AWQOptions]) -> None:
         from qwodel.backends.awq.sizes import starting_sizes
 
-        require_space(
-            job.output.final.parent, int(job.source.weight_bytes * 0.6), f"making {job.output.final.name}"
-        )
+        require_space(job.output.final.parent, job.source.weight_bytes, f"making {job.output.final.name}")
         if not list_gpus():
             self.log.warning("no GPU is here: the search for scales runs on the CPU and takes long")
         start = starting_sizes(job.source, job.options)
@@ -176,6 +174,9 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             "layers": fused["layers"],
             "fused_groups": fused["groups"],
             "untouched": outcome.untouched,
+            "expert_tokens": {
+                name: count for name, count in outcome.tokens_seen.items() if ".experts." in name
+            },
             "tensors": {kind: len(names) for kind, names in fate.items()},
             "dropped": fate["dropped"],
             "logits": logits,

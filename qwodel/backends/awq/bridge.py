@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -18,7 +19,11 @@ _NO_NEWS = (  # warnings about what this backend chose or says itself
     "No accelerator available",
     "MoE is being linearized after loading",
     "Disabling tokenizer parallelism",
+    "mappings were skipped due to incompatible shapes",
+    "Unable to find quantization scheme for targeted layer",
+    "No error metrics were collected",
 )
+_DISABLED = "LLM_COMPRESSOR_LOG_DISABLED"
 _BLOCK = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
 _TOOLCHAIN = ("llmcompressor", "compressed_tensors")
 # Shares of a block's time: one pass to watch, the searches, one pass to go on.
@@ -115,6 +120,7 @@ def _bar_class(listener: CalibrationProgress | None) -> type[Any]:
 @contextmanager
 def bridged(listener: CalibrationProgress | None = None) -> Iterator[None]:
     """Replace the toolchain's bars and log sinks while the block runs."""
+    _import_toolchain()
     import tqdm
     from llmcompressor.logger import LoggerConfig, configure_logger
     from loguru import logger
@@ -132,7 +138,7 @@ def bridged(listener: CalibrationProgress | None = None) -> Iterator[None]:
                 replaced.append((module, shape))
                 module.tqdm = stand_in  # type: ignore[attr-defined]
     try:
-        with _quiet_transformers(), warnings.catch_warnings():
+        with _quiet_libraries(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             yield
     finally:
@@ -142,25 +148,42 @@ def bridged(listener: CalibrationProgress | None = None) -> Iterator[None]:
             logger.remove(sink)
 
 
+def _import_toolchain() -> None:
+    """Import llm-compressor without the sink and the lines it writes to standard output meanwhile."""
+    before = os.environ.get(_DISABLED)
+    os.environ[_DISABLED] = "true"
+    try:
+        import llmcompressor.entrypoints.oneshot
+        import llmcompressor.modifiers.transform.awq
+        import llmcompressor.pipelines.sequential.pipeline  # noqa: F401
+    finally:
+        os.environ.pop(_DISABLED)
+        if before is not None:
+            os.environ[_DISABLED] = before
+
+
 def _forward(message: Any) -> None:
     record = message.record
     if not str(record["name"]).startswith(_TOOLCHAIN):
         return
-    if any(text in record["message"] for text in _NO_NEWS):
-        return
     # What llm-compressor calls information is for its developers.
-    level = record["level"].no if record["level"].no >= logging.WARNING else logging.DEBUG
+    news = record["level"].no >= logging.WARNING and not any(text in record["message"] for text in _NO_NEWS)
+    level = record["level"].no if news else logging.DEBUG
     _log.log(level, "%s", record["message"])
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def _quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
+    tracer = logging.getLogger("torch.fx._symbolic_trace")  # warns of its own deprecations
+    level = tracer.level
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    tracer.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        tracer.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()

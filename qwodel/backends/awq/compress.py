@@ -61,10 +61,9 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
         ConfigurationError: the group size divides nothing.
         ConversionError: llm-compressor failed; its own words are in the message.
     """
-    from llmcompressor.core import reset_session
-    from llmcompressor.entrypoints.oneshot import oneshot
-
     with bridged():
+        from llmcompressor.entrypoints.oneshot import oneshot
+
         model = load_model(work.model, work.architecture, linear_experts=True)
     layers = targets(model, work.options)
     group_size = choose_group_size(
@@ -76,28 +75,56 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
     batches = _batches(tokens[rank::world], work.batch_size)
     listener = CalibrationProgress(report, _searches(model))
     private = world > 1 and own_weights(model)
-    with _failures(), bridged(listener), without_accelerator(), _counting(layers) as seen:
-        oneshot(
-            model=model,
-            processor=_NoProcessor(),
-            recipe=modifiers,
-            dataset=batches,
-            pipeline="sequential",
-            moe_calibrate_all_experts=work.options.moe_calibrate_all_experts,
+    with _failures(), _own_session():
+        with bridged(listener), without_accelerator(), _counting(layers) as counts:
+            oneshot(
+                model=model,
+                processor=_NoProcessor(),
+                recipe=modifiers,
+                dataset=batches,
+                pipeline="sequential",
+                moe_calibrate_all_experts=work.options.moe_calibrate_all_experts,
+            )
+        seen = _of_all_processes(counts) if world > 1 else counts
+        outcome = Outcome(
+            group_size, symmetric, list(layers), [name for name in layers if not seen[name]], dict(seen)
         )
-    untouched = [name for name in layers if not seen[name]]
-    if untouched:
-        _log.warning(
-            "%d of %d layers saw no calibration data: %s …", len(untouched), len(layers), untouched[0]
-        )
-    logits = _probe(model, tokens) if rank == 0 else None
-    if private and rank > 0:
-        part_ways().close()
-        return Outcome(group_size, symmetric, list(layers), untouched, dict(seen))
-    with _failures(), bridged(), part_ways() if private else nullcontext():
-        model.save_pretrained(work.target, save_compressed=True, max_shard_size=work.options.max_shard_size)
+        if rank == 0:
+            _warn_of_untouched(outcome)
+            outcome.probe_logits = _probe(model, tokens)
+        with bridged(), part_ways() if private else nullcontext():
+            if rank == 0 or not private:
+                model.save_pretrained(
+                    work.target, save_compressed=True, max_shard_size=work.options.max_shard_size
+                )
+    return outcome
+
+
+@contextmanager
+def _own_session() -> Iterator[None]:
+    """Let go of the model that llm-compressor's global session holds, also after a failure."""
+    from llmcompressor.core import reset_session
+
+    try:
+        yield
+    finally:
         reset_session()  # type: ignore[no-untyped-call]
-    return Outcome(group_size, symmetric, list(layers), untouched, dict(seen), logits)
+
+
+def _of_all_processes(counts: Counter[str]) -> Counter[str]:
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, counts)
+    return sum(gathered, Counter())
+
+
+def _warn_of_untouched(outcome: Outcome) -> None:
+    if outcome.untouched:
+        _log.warning(
+            "%d of %d layers saw no calibration data: %s …",
+            len(outcome.untouched), len(outcome.quantized), outcome.untouched[0],
+        )  # fmt: skip
 
 
 class _NoProcessor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwodel.exceptions import CalibrationError, ConversionError, ValidationError
 
-__all__ = ["check_architecture", "context_length", "load_model", "load_tokenizer", "text_config"]
+__all__ = ["check_architecture", "context_length", "load_model", "load_tokenizer", "read_json", "text_config"]
 
 
 def check_architecture(config: Mapping[str, Any]) -> str:

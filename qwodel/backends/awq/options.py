@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_serializer, field_validator
 
 from qwodel.backends.base import BackendOptions
 from qwodel.calibration import DEFAULT_DATASET
@@ -68,6 +68,10 @@ class AWQOptions(BackendOptions):
     nproc: int = Field(
         1, ge=1, description="Processes that share the calibration, one a GPU, through torchrun."
     )
+
+    @field_serializer("calibration_dataset")
+    def _texts_stay_out_of_manifests(self, value: str | list[Any]) -> str:
+        return value if isinstance(value, str) else f"{len(value)} items given in Python"
 
     @field_validator("ignore")
     @classmethod

@@ -18,6 +18,7 @@ from qwodel.exceptions import (
     CalibrationError,
     Cancelled,
     ConfigurationError,
+    ConversionError,
     IntegrityError,
     QuantizationError,
     ResourceError,
@@ -86,6 +87,8 @@ def test_experts_are_quantized_each_and_routers_are_not(tmp_path: Path) -> None:
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     assert info["untouched"] == []
     assert info["layers"] == 2 * (4 + 4 * 3)
+    assert len(info["expert_tokens"]) == 2 * 4 * 3
+    assert len(set(info["expert_tokens"].values())) == 1  # all experts see all tokens
     assert any(name.endswith("mlp.gate") or "lm_head" in name for name in config["ignore"])
     from qwodel.backends.awq.verify import stored_tensors
 
@@ -140,6 +143,8 @@ def test_token_lists_need_no_tokenizer(tmp_path: Path) -> None:
     lists = [[4 + (n * step) % 90 for n in range(64)] for step in range(1, 9)]
     path, info = _quantize(source, tmp_path / "out", calibration_dataset=lists)
     assert info["calibration"]["dataset"] == "texts given in Python"
+    manifest = json.loads((path / "qwodel.manifest.json").read_text())
+    assert manifest["recipe"]["calibration_dataset"] == "8 items given in Python"
     assert _distance(_logits(source), _logits(path)) < 0.35
     with pytest.raises(CalibrationError, match="has no tokenizer"):
         _quantize(source, tmp_path / "out2")
@@ -247,6 +252,19 @@ def test_cancelling_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_error_of_a_process_is_the_runs_error(tmp_path: Path) -> None:
+    for error, kind in [
+        (ConfigurationError("x divides nothing", hint="take 32"), ConfigurationError),
+        (torch.OutOfMemoryError("CUDA out of memory"), MemoryError),
+        (KeyError("odd"), ConversionError),
+    ]:
+        launch._write_error(error, tmp_path, 1)
+        found = launch._read_error(tmp_path / "error-1.json")
+        assert type(found) is kind
+        assert str(found) == str(error)
+        assert getattr(found, "hint", None) == getattr(error, "hint", None)
+
+
 @pytest.mark.slow
 def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
     """Two gloo ranks on the CPU: the scales come from all samples, and the result is whole."""
@@ -257,14 +275,6 @@ def test_two_processes_calibrate_as_one(tmp_path: Path) -> None:
     both = Quantizer("awq", source, tmp_path / "two", lambda percent, *_: seen.append(percent), **options)
     two = both.quantize("int4", nproc=2)
     one = Quantizer("awq", source, tmp_path / "one", **options).quantize("int4")
-    assert _distance(_logits(one), _logits(two)) < 0.05
+    assert _distance(_logits(one), _logits(two)) < 1e-3
     assert seen == sorted(seen)
     assert any(10 < percent < 90 for percent in seen)
-    half = Quantizer("awq", source, tmp_path / "half", **{**options, "num_samples": 5}).quantize(
-        "int4", nproc=2
-    )
-    assert half.is_dir()
-    bad = Quantizer("awq", source, tmp_path / "bad", **options)
-    with pytest.raises(ConfigurationError, match="group_size 40 does not divide"):
-        bad.quantize("int4", nproc=2, group_size=40)
-    assert not any((tmp_path / "bad").glob("*")) if (tmp_path / "bad").exists() else True

@@ -25,7 +25,7 @@ def run(
     events: list[tuple[int, str, str]] = []
     quantizer = Quantizer(
         "awq", stories15m, tmp_path_factory.mktemp("awq"), lambda *event: events.append(event),
-        calibration_dataset=str(wikitext), num_samples=16, seq_length=128, batch_size=8, n_grid=10,
+        calibration_dataset=str(wikitext), num_samples=16, seq_length=128, batch_size=8, n_grid=8,
     )  # fmt: skip
     path = quantizer.quantize("int4")
     return path, quantizer.get_model_info(), events
@@ -50,8 +50,8 @@ def test_the_result_is_nearer_to_its_source_than_round_to_nearest(
     source, result = _load(stories15m), _load(run[0])
     torch.manual_seed(1)
     held_out = source.generate(
-        torch.full((8, 1), 1), attention_mask=torch.ones(8, 1), do_sample=True, top_k=0,
-        min_length=128, max_length=128, pad_token_id=2,
+        torch.full((6, 1), 1), attention_mask=torch.ones(6, 1), do_sample=True, top_k=0,
+        min_length=64, max_length=64, pad_token_id=2,
     )  # fmt: skip
     ours = _divergence(source, result, held_out)
     plain = {}
@@ -164,7 +164,7 @@ def test_smollm2_cut_to_six_layers(smollm2: Path, tmp_path: Path) -> None:
     assert out.shape == (1, 36)
     first, second = (
         decode(path, "model.layers.3.mlp.down_proj"),
-        model.model.layers[3].mlp.down_proj.weight.float(),
+        model.model.layers[3].mlp.down_proj.weight.detach().float(),
     )
     # Scales have moved between up and down, so columns differ by factors; directions do not.
     cosine = torch.nn.functional.cosine_similarity(first.T, second.T)

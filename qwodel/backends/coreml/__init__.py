@@ -1,0 +1,1 @@
+"""Core ML packages for Apple devices, made by coremltools and checked without its runtime."""

@@ -1,0 +1,92 @@
+"""What lies in and beside the package besides the program: descriptions, licence, tokenizer."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qwodel import __version__
+from qwodel.backends.base import Job
+from qwodel.backends.coreml.build import Built
+from qwodel.backends.coreml.formats import Recipe
+from qwodel.backends.coreml.options import CoreMLOptions
+from qwodel.backends.coreml.toolchain import record_log
+from qwodel.checkpoint.model_directory import ModelDirectory
+from qwodel.source import ModelSource
+
+__all__ = ["copy_side_files", "licence_of", "write_package"]
+
+
+def write_package(model: Any, package: Path, job: Job[CoreMLOptions], recipe: Recipe, built: Built) -> None:
+    """Describe coremltools' ``model`` and save it as ``package``.
+
+    Descriptions of inputs and outputs, licence, source and recipe go in; the author is the user's to name.
+    """
+    _describe(model, job.source, recipe, built, job.options)
+    with record_log():
+        model.save(str(package))
+
+
+def _describe(model: Any, source: ModelSource, recipe: Recipe, built: Built, options: CoreMLOptions) -> None:
+    inputs = {each.name: each.description for each in built.inputs}
+    outputs = {each.name: each.description for each in built.outputs}
+    model.short_description = (
+        f"{source.name} ({source.architecture or 'traced program'}), {recipe.describe()}"
+    )
+    licence = licence_of(source.path)
+    if licence:
+        model.license = licence
+    for name in model.input_description:
+        if name in inputs:
+            model.input_description[name] = inputs[name]
+    for name in model.output_description:
+        if name in outputs:
+            model.output_description[name] = outputs[name]
+    facts = {
+        "qwodel.version": __version__,
+        "qwodel.source": source.given if source.revision else source.name,
+        "qwodel.revision": source.revision or "",
+        "qwodel.format": recipe.format,
+        "qwodel.recipe": recipe.describe(),
+        "qwodel.compute_units": options.compute_units,
+        "qwodel.max_tokens": str(built.dimensions.longest or ""),
+        "qwodel.stateful": "true" if options.stateful else "",
+    }
+    for key, value in facts.items():
+        if value:
+            model.user_defined_metadata[key] = value
+
+
+def licence_of(path: Path) -> str | None:
+    """Return the licence a model directory states: in its card's front matter, or its licence file's title."""
+    if not path.is_dir():
+        return None
+    card = path / "README.md"
+    if card.is_file():
+        text = card.read_text("utf-8", errors="replace")
+        front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        stated = re.search(r"^license:\s*(\S+)\s*$", front[1], re.MULTILINE) if front else None
+        if stated:
+            return stated[1].strip("'\"")
+    for file in sorted(path.glob("LICEN[SC]E*")):
+        lines = [
+            line.strip() for line in file.read_text("utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        if lines:
+            return " ".join(lines[:2]) if lines[0].lower().startswith("apache") else lines[0]
+    return None
+
+
+def copy_side_files(source: ModelSource, folder: Path) -> list[str]:
+    """Copy configuration, tokenizer, processor, chat template and licence; return their names."""
+    directory = ModelDirectory.of(source.path)
+    files = directory.side_files() if source.path.is_dir() else {}
+    if source.path.is_dir() and (source.path / "config.json").is_file():
+        files = {**files, "config.json": source.path / "config.json"}
+    for name, path in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return sorted(files)
