@@ -31,7 +31,6 @@ from qwodel.exceptions import (
     CalibrationError,
     ConfigurationError,
     ConversionError,
-    IntegrityError,
     ValidationError,
 )
 from qwodel.modeling.calibrated import CalibrationOptions, calibration_batches
@@ -40,10 +39,18 @@ from qwodel.modeling.lazy_model import config_of
 from qwodel.modules.int8_linear import Activations
 from qwodel.progress import Progress
 from qwodel.smoothquant.calibration import calibrate, load_activation_scales
-from qwodel.smoothquant.int8_model import Int8ForCausalLM, quantization_config
+from qwodel.smoothquant.int8_loading import checkpoint_dtype, quantization_config
 from qwodel.smoothquant.observe import ActivationStatistics
+from qwodel.smoothquant.read_back import (
+    logits_of,
+    probe_tokens,
+    quantized_layers,
+    read_back,
+    relative_error,
+    simulate_saved,
+)
 from qwodel.smoothquant.scheme import Scheme
-from qwodel.smoothquant.simulate import fake_quantized, quantizable_layers
+from qwodel.smoothquant.simulate import quantizable_layers
 from qwodel.smoothquant.smooth import Alpha, Smoothed, smooth_model
 
 __all__ = ["ExportOptions", "Exported", "Rotations", "export_w8a8", "report_of"]
@@ -52,12 +59,7 @@ log = logging.getLogger(__name__)
 
 Rotations = Literal["none", "folded", "all"]
 _SAMPLED_TOKENS = 256
-_PROBE_TOKENS = 32
-_BOUND = 3e-2
-"""Relative difference of logits that inputs at the border between two codes explain."""
 _INT8_MAX = 127
-_TOKEN_STEPS = {"int8": None, "transformers": 127.5}
-"""What each reader divides a token's greatest value by (127 where ``None``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +168,8 @@ def _export(
     progress.stage("calibrate", "loading the model")
     model = _load(source, config)
     _refuse_conv1d(model)
-    probe = _probe(model)
-    original = _logits(model, probe)
+    probe = probe_tokens(model)
+    original = logits_of(model, probe)
     batches = _batches(source, model, options)
     statistics = _statistics(model, batches, options)
     progress.update(1, 3, "smoothing")
@@ -198,10 +200,10 @@ def _export(
         quality = verify(conversion, executor=make_executor(1), progress=progress)
         if scheme.rotate_inputs:
             _describe_as_ours(target, plan, scheme)
-        expected = _simulate(model, target, plan, scheme, scales, config, probe)
-    compared = {"float": _relative(expected["int8"], original)}
+        expected = simulate_saved(model, target, plan, scheme, scales, config, probe)
+    compared = {"float": relative_error(expected["int8"], original)}
     del model
-    logits = {**compared, **_read_back(target, scheme, probe, expected)}
+    logits = {**compared, **read_back(target, scheme, probe, expected)}
     return Exported(plan, quality, smoothed, logits)
 
 
@@ -289,7 +291,7 @@ def _rotate_input(size: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, 
 
 def _save(model: Any, source: Path, folder: Path, config: Mapping[str, Any]) -> None:
     """Write the smoothed model: what will be quantized in fp32, the rest in the source's dtype."""
-    dtype, keep = _source_dtype(config), {f"{name}.weight" for name in quantizable_layers(model)}
+    dtype, keep = checkpoint_dtype(config), {f"{name}.weight" for name in quantizable_layers(model)}
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     state = {
@@ -310,21 +312,23 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
-def _source_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    found = getattr(torch, name, None)
-    return found if isinstance(found, torch.dtype) else torch.float32
-
-
 def _plan(
     model: Any, folder: Path, rounding: Rounding, scales: Mapping[str, float], options: ExportOptions
 ) -> Plan:
     head = _name_of(model, model.get_output_embeddings()) or "lm_head"
+    suited = {f"{name}.weight" for name in quantizable_layers(model)}
+    others = [
+        f"^{re.escape(name)}$"
+        for name, each in model.named_parameters()
+        if each.ndim == 2 and name not in suited
+    ]
     recipe = Recipe(
         format=storage_format("int8_row"),
         rounding=rounding,
         filters=(),
-        exclude_layers=rf"(^|\.)({re.escape(head)}|lm_head|gate|router|shared_expert_gate)\.weight$|embed|(^|\.)w[tp]e\.",
+        exclude_layers="|".join(
+            [rf"(^|\.)({re.escape(head)}|lm_head|gate|router|shared_expert_gate)\.weight$", *others]
+        ),
         max_shard_size=options.max_shard_size,
     )
     if options.activations == "static":
@@ -334,105 +338,15 @@ def _plan(
     return build_plan(folder, recipe, layout)
 
 
-def _quantized(plan: Plan) -> list[str]:
-    return [each.name.removesuffix(".weight") for each in plan.tensors if each.action is Action.QUANTIZE]
-
-
 def _describe_as_ours(target: Path, plan: Plan, scheme: Scheme) -> None:
     """Other readers would compute without the rotation: let them refuse the directory instead."""
     config = config_of(target)
     activations: Activations = "token" if scheme.activations == "token" else "static"
     shapes = {each.name.removesuffix(".weight"): each.source.shape for each in plan.tensors}
     config["quantization_config"] = quantization_config(
-        {name: (activations, scheme.rotation(shapes[name][1]) or 0) for name in _quantized(plan)}
+        {name: (activations, scheme.rotation(shapes[name][1]) or 0) for name in quantized_layers(plan)}
     )
     (target / "config.json").write_bytes(config_bytes(config))
-
-
-def _simulate(
-    model: Any,
-    target: Path,
-    plan: Plan,
-    scheme: Scheme,
-    scales: Mapping[str, float],
-    config: Mapping[str, Any],
-    probe: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Logits of the fp32 model with the saved codes' values as weights, and inputs rounded as readers do."""
-    from safetensors import safe_open
-
-    names, dtype = set(_quantized(plan)), _source_dtype(config)
-    decoded: dict[str, torch.Tensor] = {}
-    for file in plan.files:
-        with safe_open(target / file.name, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (not a dictionary)
-                if (stem := key.removesuffix(".weight")) in names and key != stem:
-                    decoded[stem] = opened.get_tensor(key)
-    for file in plan.files:
-        with safe_open(target / file.name, framework="pt") as opened:
-            for stem in names & {key.removesuffix(".weight_scale") for key in opened.keys()}:  # noqa: SIM118
-                decoded[stem] = decoded[stem].float() * opened.get_tensor(f"{stem}.weight_scale")
-    for name, parameter in model.named_parameters():
-        stem = name.removesuffix(".weight")
-        parameter.data = decoded[stem] if stem in decoded else parameter.data.to(dtype).float()
-    layers = {name: layer for name, layer in quantizable_layers(model).items() if name in names}
-    # Codes are on the grid already; the rotation of inputs is the model's own hook.
-    plain = replace(scheme, rotate_inputs=0)
-    found = {}
-    for reader, steps in _TOKEN_STEPS.items():
-        with fake_quantized(
-            model, plain, input_scales=scales or None, layers=layers, weights=False, token_steps=steps
-        ):
-            found[reader] = _logits(model, probe)
-    return found
-
-
-def _read_back(
-    target: Path, scheme: Scheme, probe: torch.Tensor, expected: Mapping[str, torch.Tensor]
-) -> dict[str, float]:
-    ours = Int8ForCausalLM.from_pretrained(target, dtype=torch.float32)
-    found = {"int8": _relative(_logits(ours.model, probe), expected["int8"])}
-    del ours
-    if not scheme.rotate_inputs and (theirs := _transformers(target)) is not None:
-        found["transformers"] = _relative(_logits(theirs, probe), expected["transformers"])
-    for reader, error in found.items():
-        if not error <= _BOUND:
-            raise IntegrityError(
-                f"read back by {reader}, the model's logits differ by {error:.2g} from those of its codes "
-                f"(bound {_BOUND:g})"
-            )
-    return found
-
-
-def _transformers(target: Path) -> Any:
-    """The directory as transformers loads it; ``None`` without compressed-tensors."""
-    from importlib.util import find_spec
-
-    if find_spec("compressed_tensors") is None:
-        log.warning("compressed-tensors is not installed: transformers' own reading is not checked")
-        return None
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True).eval()
-    except Exception as error:
-        # transformers and compressed-tensors raise what they like.
-        raise IntegrityError(f"transformers cannot load what was written: {error}") from error
-
-
-def _probe(model: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(model.get_input_embeddings().num_embeddings, (1, _PROBE_TOKENS), generator=generator)
-
-
-@torch.no_grad()
-def _logits(model: Any, probe: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=probe, use_cache=False).logits
-    return logits.double()
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def report_of(exported: Exported) -> dict[str, Any]:
