@@ -34,7 +34,7 @@ class Choice:
         scales: ``[channels]``; ``None`` does not scale.
         alpha: where they come from.
         rotate: rotate the value heads.
-        error: relative squared output error, mean over tokens, summed over the layers concerned.
+        error: relative squared output error, summed over the layers concerned.
     """
 
     scales: torch.Tensor | None = None
@@ -222,6 +222,12 @@ def _some_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _relative(found: torch.Tensor, target: torch.Tensor) -> float:
-    """Squared error over squared target of each token, the mean: no token outweighs the others."""
-    error = (found - target).square().sum(dim=-1)
-    return float((error / target.square().sum(dim=-1).clamp_min(1e-20)).mean())
+    """Squared error over squared target: geometric mean of all tokens together and of the mean token.
+
+    Together, a few massive tokens outweigh the others, whose errors add up to most of the loss; alone, the mean
+    token would give away the massive ones, which attention rests on.
+    """
+    error, signal = (found - target).square().sum(dim=-1), target.square().sum(dim=-1)
+    together = error.sum() / signal.sum().clamp_min(1e-20)
+    mean = (error / signal.clamp_min(1e-20)).mean()
+    return float((together * mean).sqrt())
