@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Activations", "TransformersLayout"]
 
-Activations = Literal["dynamic", "none"]
+Activations = Literal["dynamic", "static", "none"]
 
 _VLLM_BLOCK = 128
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -40,14 +41,21 @@ class TransformersLayout:
 
     Attributes:
         activations: ``"dynamic"`` lets the reader quantize activations token by
-            token, as the fast kernels need; ``"none"`` describes weights only.
+            token, as the fast kernels need; ``"static"`` has it take ``input_scales``;
+            ``"none"`` describes weights only.
+        input_scales: weight → scale of its layer's inputs, of static activations.
     """
 
     activations: Activations = "dynamic"
+    input_scales: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.activations not in ("dynamic", "none"):
-            raise ConfigurationError(f"activations are 'dynamic' or 'none', not {self.activations!r}")
+        if self.activations not in ("dynamic", "static", "none"):
+            raise ConfigurationError(
+                f"activations are 'dynamic', 'static' or 'none', not {self.activations!r}"
+            )
+        if (self.activations == "static") != bool(self.input_scales):
+            raise ConfigurationError("static activations, and only they, need input_scales")
 
     @property
     def name(self) -> str:
@@ -106,15 +114,21 @@ class TransformersLayout:
                 f"{source.shape[1]} inputs are not whole activation groups of {granularity.block_cols}; "
                 "with activations='none' there are none"
             )
+        if self.activations == "static" and source.name not in self.input_scales:
+            return "its layer's inputs have no static scale"
         return None
 
     def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
         assert wanted.quant_type is not None
         shape = wanted.granularity.scale_shape(source.shape) or (1,)
-        return (
+        outputs = (
             OutputTensor(source.name, dtype_name(wanted.quant_type.dtype), source.shape, Role.CODES),
             OutputTensor(f"{source.name}_scale", "F32", shape, Role.SCALE),
         )
+        if self.activations != "static":
+            return outputs
+        name, payload = f"{source.name.removesuffix('.weight')}.input_scale", self.input_scales[source.name]
+        return (*outputs, OutputTensor(name, "F32", (1,), Role.CONSTANT, struct.pack("<f", payload)))
 
     def extra_tensors(self, tensors: Sequence[TensorPlan]) -> tuple[OutputTensor, ...]:
         del tensors
@@ -192,11 +206,13 @@ class TransformersLayout:
                 "block_structure": [granularity.block_rows, granularity.block_cols],
             }
             inputs |= {"strategy": "group", "group_size": granularity.block_cols}
-        dynamic = self.activations == "dynamic"
-        label = f"{kind}-quantized" if dynamic else "naive-quantized"
+        if self.activations == "static":
+            inputs |= {"strategy": "tensor", "dynamic": False}
+        rounded = self.activations != "none"
+        label = f"{kind}-quantized" if rounded else "naive-quantized"
         return {
             "weights": weights,
-            "input_activations": inputs if dynamic else None,
+            "input_activations": inputs if rounded else None,
             "output_activations": None,
             "format": label,
         }

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from qwodel import __version__
-from qwodel.cli import calibrate, check, formats, inspect, plan, quantize, quickstart
+from qwodel.cli import calibrate, check, formats, inspect, plan, quantize, quickstart, smoothquant
 
 __all__ = ["app", "main"]
 
@@ -54,6 +54,7 @@ app.command("list-options")(formats.list_options)
 app.command("inspect")(inspect.inspect)
 app.command("check")(check.check)
 app.command("quickstart")(quickstart.quickstart)
+app.add_typer(smoothquant.app, name="smoothquant")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ function stays as it was, and what reads x sees other magnitudes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from qwodel.exceptions import ValidationError
 from qwodel.modeling.pairs import Pair, input_weight, output_weight
 from qwodel.modeling.wiring_table import Kind
 
-__all__ = ["fold_scales", "kept_weights"]
+__all__ = ["fold_scales", "kept_weights", "remember_weights"]
 
 
 @torch.no_grad()
@@ -72,6 +72,15 @@ def _multiply(parameter: nn.Parameter, axis: int, factors: torch.Tensor) -> None
 @contextmanager
 def kept_weights(model: nn.Module, pairs: tuple[Pair, ...]) -> Iterator[None]:
     """Restore, on leaving, every parameter that folding scales into ``pairs`` can change."""
+    restore = remember_weights(model, pairs)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def remember_weights(model: nn.Module, pairs: tuple[Pair, ...]) -> Callable[[], None]:
+    """Copy every parameter that folding scales into ``pairs`` can change; return what restores them."""
     touched: dict[int, nn.Parameter] = {}
     for pair in pairs:
         for parameter in model.get_submodule(pair.producer).parameters(recurse=False):
@@ -80,9 +89,10 @@ def kept_weights(model: nn.Module, pairs: tuple[Pair, ...]) -> Iterator[None]:
             weight, _ = input_weight(model, name)
             touched[id(weight)] = weight
     saved = [(parameter, parameter.detach().clone()) for parameter in touched.values()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in saved:
-                parameter.copy_(value)
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value in saved:
+            parameter.copy_(value)
+
+    return restore

@@ -1,0 +1,175 @@
+"""The SmoothQuant backend: W8A8 model directories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from qwodel.backends.base import BackendOptions, BaseQuantizer, FormatSpec, Job
+from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
+from qwodel.exceptions import ConfigurationError, ValidationError
+from qwodel.output import require_space
+from qwodel.source import ModelSource
+
+if TYPE_CHECKING:
+    from qwodel.smoothquant.export import ExportOptions
+
+__all__ = ["SmoothQuantOptions", "SmoothQuantQuantizer"]
+
+_FORMATS = (
+    FormatSpec(
+        "w8a8_dynamic",
+        "INT8 weights with a scale a row, inputs rounded token by token: the accurate W8A8",
+        8.0,
+        "vLLM, transformers, qwodel",
+        aliases=("w8a8", "dynamic"),
+    ),
+    FormatSpec(
+        "w8a8_static",
+        "INT8 weights with a scale a row, inputs with one calibrated scale a layer: less accurate, less work a token",
+        8.0,
+        "vLLM, transformers, qwodel",
+        needs=("calibration text",),
+        aliases=("static",),
+    ),
+)
+_DATA = ("num_samples", "seq_length", "batch_size", "calibration_split", "text_column", "seed")
+
+
+class SmoothQuantOptions(BackendOptions):
+    """What a SmoothQuant run can be told."""
+
+    alpha: float | Literal["search"] = Field(
+        "search",
+        description="Share of the activations' difficulty that weights take over, 0 to 1; search finds it layer by layer.",
+    )
+    inner_alpha: float | Literal["search"] | None = Field(
+        None,
+        description="The same between up and down, value and output projections; searched where alpha is, else left alone.",
+    )
+    rotations: Literal["none", "folded", "all"] = Field(
+        "folded",
+        description="folded: a search may rotate value heads, which any reader loads; all: rotate the inputs of all "
+        "layers, more accurate, and only qwodel reads it; none.",
+    )
+    optimizer: Literal["none", "gptq"] = Field(
+        "none", description="How weights are rounded: to nearest, or by GPTQ on the calibration text."
+    )
+    act_scales: str | None = Field(
+        None, description="Activation scales made before (.pt or .safetensors), where alpha is a number."
+    )
+    calibration_dataset: Any = Field(
+        None,
+        description="Text to run the model on: a .txt, .json, .jsonl or .parquet file, a folder, a hub dataset "
+        "(repo or repo:subset), or in Python any iterable of texts.",
+    )
+    num_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Calibration: sequences; by default two tokens an input channel, at least 16384.",
+    )
+    seq_length: int | None = Field(None, ge=1, description="Calibration: tokens a sequence; 512.")
+    batch_size: int | None = Field(None, ge=1, description="Calibration: sequences run together; 4.")
+    calibration_split: str | None = Field(None, description="Calibration: split of a hub dataset; train.")
+    text_column: str | None = Field(None, description="Calibration: the text column; found by its name.")
+    seed: int | None = Field(None, description="Calibration: seed of the choice of sequences.")
+    max_shard_size: int = Field(DEFAULT_SHARD_SIZE, gt=0, description="Bytes a shard.")
+
+
+class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
+    """A full-precision model directory in, a W8A8 one out."""
+
+    name: ClassVar[str] = "smoothquant"
+    extra: ClassVar[str] = "smoothquant"
+    accepts: ClassVar[frozenset[str]] = frozenset({"huggingface"})
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "compressed-tensors", "safetensors")
+    stages: ClassVar[Mapping[str, float]] = {
+        "resolve": 1,
+        "calibrate": 80,
+        "quantize": 8,
+        "verify": 10,
+        "publish": 1,
+    }
+    options_type = SmoothQuantOptions
+
+    @classmethod
+    def formats(cls) -> Mapping[str, FormatSpec]:
+        return MappingProxyType({spec.name: spec for spec in _FORMATS})
+
+    def output_name(self, source: ModelSource, spec: FormatSpec, options: SmoothQuantOptions) -> str:
+        return f"{source.name}-{spec.name}{'-rotated' if options.rotations == 'all' else ''}"
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        if config.get("quantization_config"):
+            raise ValidationError(
+                "the model is quantized already",
+                hint="start from the original weights; a second quantization loses twice",
+            )
+
+    def check(self, source: ModelSource, spec: FormatSpec, options: SmoothQuantOptions) -> None:
+        self.check_config(source.config)
+        for option, value in (("alpha", options.alpha), ("inner_alpha", options.inner_alpha)):
+            if isinstance(value, float) and not 0 <= value <= 1:
+                raise ConfigurationError(f"{option} lies in [0, 1], not {value}")
+        given = [name for name in _DATA if getattr(options, name) is not None]
+        if options.calibration_dataset is None and given:
+            raise ConfigurationError(f"{', '.join(given)} belong to calibration_dataset, which is not given")
+        if (
+            options.rotations == "folded"
+            and "rotations" in options.model_fields_set
+            and not _searches(options)
+        ):
+            raise ConfigurationError(
+                "rotations='folded' is a choice of the search, and alpha is given",
+                hint="pass inner_alpha='search', or rotations='none'",
+            )
+        _export_options(spec, options)
+
+    def run(self, job: Job[SmoothQuantOptions]) -> None:
+        from qwodel.smoothquant.export import export_w8a8, report_of
+
+        # The smoothed weights lie beside the result, those to quantize in fp32.
+        require_space(job.output.scratch, 3 * job.source.weight_bytes, f"making {job.output.final.name}")
+        exported = export_w8a8(
+            job.source.path,
+            job.output.path,
+            job.output.scratch,
+            _export_options(job.format, job.options),
+            job.progress,
+        )
+        bits = exported.plan.weight_bytes * 8 / max(job.source.parameters, 1)
+        job.report |= {"bits_per_weight": round(bits, 3), **report_of(exported)}
+        job.report["read_by"] = "qwodel" if job.options.rotations == "all" else job.format.read_by
+        self.log.info("relative errors of logits: %s", dict(exported.logits))
+
+
+def _searches(options: SmoothQuantOptions) -> bool:
+    return "search" in (options.alpha, options.inner_alpha)
+
+
+def _export_options(spec: FormatSpec, options: SmoothQuantOptions) -> ExportOptions:
+    from qwodel.modeling.calibrated import CalibrationOptions
+    from qwodel.smoothquant.export import ExportOptions
+
+    calibration = None
+    if options.calibration_dataset is not None:
+        names = {"num_samples", "seq_length", "batch_size", "token", "seed"}
+        given = {name: getattr(options, name) for name in names}
+        given |= {"split": options.calibration_split, "column": options.text_column}
+        calibration = CalibrationOptions(
+            options.calibration_dataset, **{name: value for name, value in given.items() if value is not None}
+        )
+    return ExportOptions(
+        activations="static" if spec.name == "w8a8_static" else "dynamic",
+        alpha=options.alpha,
+        inner_alpha=options.inner_alpha,
+        rotations=options.rotations,
+        gptq=options.optimizer == "gptq",
+        calibration=calibration,
+        act_scales=Path(options.act_scales) if options.act_scales else None,
+        max_shard_size=options.max_shard_size,
+    )
