@@ -47,7 +47,7 @@ METHODS = (
 )  # fmt: skip
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from qwodel import Quantizer
 kind, optimizer, model, output, data = sys.argv[1:6]
 options = {"layout": "comfyui", "optimizer": optimizer}
@@ -57,7 +57,8 @@ if data:
 start = time.perf_counter()
 path = Quantizer(kind.split("_")[0], model, output, **options).quantize(kind)
 seconds = time.perf_counter() - start
-print(json.dumps([str(path), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1]
+print(json.dumps([str(path), seconds, int(peak) / 1024]))
 """
 
 
