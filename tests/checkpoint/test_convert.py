@@ -48,6 +48,19 @@ def expand(scale: torch.Tensor, shape: torch.Size, size: int) -> torch.Tensor:
     return scale[rows][:, cols]
 
 
+def quip_matrix(signs: torch.Tensor) -> torch.Tensor:
+    """QuIP's rotation as a matrix: Sylvester's Hadamard ⊗ Hartley's of the odd rest, after the signs."""
+    size = len(signs)
+    power = size & -size
+    odd = size // power
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    while len(sylvester) < power:
+        sylvester = torch.cat([torch.cat([sylvester, sylvester], 1), torch.cat([sylvester, -sylvester], 1)])
+    angle = torch.outer(torch.arange(odd), torch.arange(odd)).double() * (2 * torch.pi / odd)
+    matrix = torch.kron(sylvester, angle.cos() + angle.sin()) / size**0.5
+    return matrix * signs.double()
+
+
 def unrotate(rows: torch.Tensor, description: torch.Tensor) -> torch.Tensor:
     """Undo the ConvRot rotation that a layer's description names; its H is symmetric and orthogonal."""
     size = json.loads(bytes(description.tolist())).get("convrot_groupsize")
@@ -102,7 +115,11 @@ def test_any_weight_decodes_to_what_is_reported(
     assert codes.shape == weight.shape
     assert scale.dtype == torch.float32
     stored = (codes.float() * expand(scale, codes.shape, size)).double()
-    decoded = unrotate(stored, out["blocks.0.proj.comfy_quant"])
+    if wanted.quip_seed is None:
+        decoded = unrotate(stored, out["blocks.0.proj.comfy_quant"])
+    else:
+        outputs, inputs = (quip_matrix(out[f"blocks.0.proj.quip_signs_{side}"]) for side in ("out", "in"))
+        decoded = outputs.T @ stored @ inputs
     found = quality["blocks.0.proj.weight"]
     error = (decoded - weight.double()).square()
     power = float(weight.double().square().mean())
@@ -110,7 +127,7 @@ def test_any_weight_decodes_to_what_is_reported(
     reported = found.sqnr_db
     if reported < 120 and power > 1e-70:
         assert sqnr(weight, decoded) == pytest.approx(reported, abs=0.05)
-    if not search and not wanted.convrot:
+    if not search and not wanted.convrot and wanted.quip_seed is None:
         peak = weight.double().abs().max()
         # A step is at most 1/127 of the peak for INT8 and an eighth (E5M2: a quarter) of the value for FP8.
         assert float(error.max()) <= float(peak / (8 if name.startswith("fp8") else 250)) ** 2 * 1.001 + 1e-70
