@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 DEFAULT_DAMPING = 0.03
-"""λ as a share of the mean diagonal; 0.01 to 0.1 differ by 0.1 dB on held-out text."""
+"""λ as a share of the mean diagonal."""
 
 _DAMPING_STEP = 10.0
 _MAX_DAMPING = 1.0
@@ -300,7 +300,7 @@ def _solve(
 ) -> tuple[torch.Tensor, ...]:
     """The weights that GPTQ's codes stand for, ``[M_i, N]`` each."""
     order, count = factor.order, len(factor.order)
-    # In fp32 the order of sums turns a code in ten thousand; in fp64 none.
+    # In fp32 the order of sums turns a code here and there, and those after it.
     work = torch.float64 if order.device.type == "cpu" else torch.float32
     columns = torch.cat([weight.to(work).T for weight in weights], dim=1)[order]
     width = count if granularity.is_block else 1
