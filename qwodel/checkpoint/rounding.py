@@ -27,6 +27,7 @@ from qwodel.checkpoint.statistics import StatisticsFile
 __all__ = [
     "FromStatistics",
     "FromStore",
+    "LayerWeight",
     "Learned",
     "Nearest",
     "Rounded",
@@ -44,6 +45,28 @@ class Rounded:
     report: RoundingReport | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeight:
+    """What a rounding method is given.
+
+    Attributes:
+        layer: the weight's name without ``.weight``.
+        weight: finite ``[M, N]``, in the basis of its codes.
+        quant_type, granularity: what it becomes.
+        basis: that basis; ``None`` for the weight's own.
+    """
+
+    layer: str
+    weight: torch.Tensor
+    quant_type: QuantType
+    granularity: Granularity
+    basis: Basis | None = None
+
+    def nearest(self, scale: torch.Tensor | None = None) -> Rounded:
+        """The nearest codes, by ``scale`` or the absolute maximum."""
+        return Rounded(quantize(self.weight, self.quant_type, self.granularity, scale))
+
+
 class Rounding(Protocol):
     """What the engine asks of a rounding method."""
 
@@ -54,20 +77,18 @@ class Rounding(Protocol):
     def rows_apart(self, granularity: Granularity) -> bool:
         """Whether rows may be rounded in separate pieces that do not cut a block, with the same result."""
 
-    def round(
-        self,
-        weight: torch.Tensor,
-        quant_type: QuantType,
-        granularity: Granularity,
-        *,
-        layer: str,
-        basis: Basis | None = None,
-    ) -> Rounded:
-        """Quantize the finite ``[M, N]`` weight of ``layer`` (its name without ``.weight``).
+    def round(self, given: LayerWeight) -> Rounded:
+        """Quantize a layer's weight, all of it or, where rows are apart, some of its rows."""
 
-        Args:
-            basis: the weight comes in this basis.
-        """
+
+class _Whole:
+    """A method that needs the whole weight."""
+
+    __slots__ = ()
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        del granularity
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +100,8 @@ class Nearest:
     def rows_apart(self, granularity: Granularity) -> bool:
         return granularity != TENSOR
 
-    def round(
-        self,
-        weight: torch.Tensor,
-        quant_type: QuantType,
-        granularity: Granularity,
-        *,
-        layer: str,
-        basis: Basis | None = None,
-    ) -> Rounded:
-        del layer, basis
-        return Rounded(quantize(weight, quant_type, granularity))
+    def round(self, given: LayerWeight) -> Rounded:
+        return given.nearest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +113,12 @@ class ScaleSearch:
     def rows_apart(self, granularity: Granularity) -> bool:
         return granularity != TENSOR
 
-    def round(
-        self,
-        weight: torch.Tensor,
-        quant_type: QuantType,
-        granularity: Granularity,
-        *,
-        layer: str,
-        basis: Basis | None = None,
-    ) -> Rounded:
-        del layer, basis
-        scale = search_scale(weight, quant_type, granularity)
-        return Rounded(quantize(weight, quant_type, granularity, scale))
+    def round(self, given: LayerWeight) -> Rounded:
+        return given.nearest(search_scale(given.weight, given.quant_type, given.granularity))
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class Learned(_Whole):
     """Codes learned from the nearest ones on; needs the whole weight.
 
     Attributes:
@@ -126,25 +128,13 @@ class Learned:
     options: RoundingOptions = field(default_factory=RoundingOptions)
     name: str = field(default="learned", init=False)
 
-    def rows_apart(self, granularity: Granularity) -> bool:
-        del granularity
-        return False
-
-    def round(
-        self,
-        weight: torch.Tensor,
-        quant_type: QuantType,
-        granularity: Granularity,
-        *,
-        layer: str,
-        basis: Basis | None = None,
-    ) -> Rounded:
-        del layer, basis
-        return Rounded(round_weight(weight, quant_type, granularity, self.options).quantized)
+    def round(self, given: LayerWeight) -> Rounded:
+        learned = round_weight(given.weight, given.quant_type, given.granularity, self.options)
+        return Rounded(learned.quantized)
 
 
 @dataclass(frozen=True, slots=True)
-class FromStatistics:
+class FromStatistics(_Whole):
     """Codes of least output error, by statistics that were collected before.
 
     Attributes:
@@ -159,35 +149,25 @@ class FromStatistics:
     name: str
     turbo: bool = False
 
-    def rows_apart(self, granularity: Granularity) -> bool:
-        del granularity
-        return False
-
-    def round(
-        self,
-        weight: torch.Tensor,
-        quant_type: QuantType,
-        granularity: Granularity,
-        *,
-        layer: str,
-        basis: Basis | None = None,
-    ) -> Rounded:
+    def round(self, given: LayerWeight) -> Rounded:
         file = self.path.stat()
-        statistics = _statistics(self.path, file.st_mtime_ns, file.st_size).read(layer)
+        statistics = _statistics(self.path, file.st_mtime_ns, file.st_size).read(given.layer)
         if statistics is not None and statistics.gram is not None:
-            gram = statistics.gram.to(weight.device)
-            statistics = replace(statistics, gram=gram if basis is None else basis.gram(gram))
+            gram = statistics.gram.to(given.weight.device)
+            statistics = replace(statistics, gram=gram if given.basis is None else given.basis.gram(gram))
         solver: BlockSolver | None = None
         if self.turbo:
             from qwodel.algorithms.gptq_triton import solve_block_triton
 
             solver = solve_block_triton
-        done = round_together([weight], quant_type, granularity, statistics, self.options, solver=solver)[0]
+        done = round_together(
+            [given.weight], given.quant_type, given.granularity, statistics, self.options, solver=solver
+        )[0]
         return Rounded(done.codes, done.report)
 
 
 @dataclass(frozen=True, slots=True)
-class FromStore:
+class FromStore(_Whole):
     """Codes that were found while the model was run block by block.
 
     Attributes:
@@ -198,21 +178,8 @@ class FromStore:
     folder: Path
     name: str
 
-    def rows_apart(self, granularity: Granularity) -> bool:
-        del granularity
-        return False
-
-    def round(
-        self,
-        weight: torch.Tensor,
-        quant_type: QuantType,
-        granularity: Granularity,
-        *,
-        layer: str,
-        basis: Basis | None = None,
-    ) -> Rounded:
-        del weight, quant_type, granularity, basis
-        return Rounded(_store(self.folder).get(layer))
+    def round(self, given: LayerWeight) -> Rounded:
+        return Rounded(_store(self.folder).get(given.layer))
 
 
 @lru_cache(maxsize=4)

@@ -20,7 +20,7 @@ from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.dtypes import torch_dtype
 from qwodel.checkpoint.layout import OutputTensor, Role
 from qwodel.checkpoint.plan import TensorPlan
-from qwodel.checkpoint.rounding import Nearest, Rounded
+from qwodel.checkpoint.rounding import LayerWeight, Nearest, Rounded
 from qwodel.checkpoint.slabs import row_slabs
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConversionError, ValidationError
@@ -184,9 +184,8 @@ def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> 
     assert wanted.quant_type is not None
     assert plan.rounding is not None
     layer = plan.name.removesuffix(".weight")
-    rounded = plan.rounding.round(
-        rows, wanted.quant_type, wanted.granularity, layer=layer, basis=_basis(plan)
-    )
+    given = LayerWeight(layer, rows, wanted.quant_type, wanted.granularity, _basis(plan))
+    rounded = plan.rounding.round(given)
     done = rounded.codes
     if done.quant_type != wanted.quant_type or done.granularity != wanted.granularity:
         raise ConversionError(

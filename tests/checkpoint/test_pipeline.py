@@ -23,7 +23,7 @@ from qwodel.checkpoint.executor import Executor, ProcessExecutor, SerialExecutor
 from qwodel.checkpoint.pipeline import PipelineExecutor, executor_for
 from qwodel.checkpoint.plan import build_plan
 from qwodel.checkpoint.recipe import LoraSource, Recipe
-from qwodel.checkpoint.rounding import Learned, Nearest, Rounding, ScaleSearch
+from qwodel.checkpoint.rounding import LayerWeight, Learned, Nearest, Rounding, ScaleSearch
 from qwodel.checkpoint.slabs import row_slabs
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.streaming import StreamingOptions, StreamingThresholds, resolve_device
@@ -47,11 +47,11 @@ class OutOfMemory:
     def rows_apart(self, granularity: object) -> bool:
         return False
 
-    def round(self, *arguments: Any, layer: str, basis: Any = None) -> Any:
-        self.calls.append(layer)
-        if layer == VICTIM and self.calls.count(layer) <= self.times:
+    def round(self, given: LayerWeight) -> Any:
+        self.calls.append(given.layer)
+        if given.layer == VICTIM and self.calls.count(given.layer) <= self.times:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return Nearest().round(*arguments, layer=layer)
+        return given.nearest()
 
 
 def source(folder: Path) -> Path:
