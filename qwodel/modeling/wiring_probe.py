@@ -15,7 +15,7 @@ from qwodel.modeling.fold import fold_scales, kept_weights
 from qwodel.modeling.pairs import Pair, input_weight, make_pair
 from qwodel.modeling.wiring_table import Kind
 
-__all__ = ["infer_pairs", "preserves_function"]
+__all__ = ["default_probe", "infer_pairs", "preserves_function"]
 
 _PROBE_TOKENS = 16
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -34,7 +34,7 @@ def preserves_function(
         ``‖after − before‖ / ‖before‖``.
     """
     pairs = tuple(pairs)
-    probe = _default_probe(model) if probe is None else probe
+    probe = default_probe(model) if probe is None else probe
     generator = torch.Generator().manual_seed(seed)
     before = _logits(model, probe)
     with kept_weights(model, pairs):
@@ -47,7 +47,7 @@ def preserves_function(
 
 def infer_pairs(model: nn.Module, probe: torch.Tensor | None, config: Any) -> tuple[tuple[Pair, ...], str]:
     """Return the pairs that hold, and why there are none otherwise."""
-    probe = _default_probe(model) if probe is None else probe
+    probe = default_probe(model) if probe is None else probe
     readers, inner = _observe(model, probe)
     if not readers:
         return (), "no linear layer reads exactly what a norm gives"
@@ -67,15 +67,20 @@ def infer_pairs(model: nn.Module, probe: torch.Tensor | None, config: Any) -> tu
     return tuple(sorted(kept, key=lambda pair: order[pair.producer])), ""
 
 
-def _default_probe(model: Any) -> torch.Tensor:
+def default_probe(model: Any, *, tokens: int = _PROBE_TOKENS, seed: int = 0) -> torch.Tensor:
+    """A few random tokens to run a language model on, ``[1, tokens]``.
+
+    Raises:
+        ValidationError: the model does not embed tokens.
+    """
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if not isinstance(embedding, nn.Embedding):
         raise ValidationError(
             f"unsupported model architecture {type(model).__name__}: it does not embed tokens",
             hint="give a probe the model can be run on",
         )
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(embedding.num_embeddings, (1, _PROBE_TOKENS), generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(embedding.num_embeddings, (1, tokens), generator=generator)
     return ids.to(embedding.weight.device)
 
 

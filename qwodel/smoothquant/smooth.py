@@ -15,6 +15,7 @@ from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.modeling.fold import fold_scales, remember_weights
 from qwodel.modeling.pairs import Pair
 from qwodel.modeling.wiring import find_pairs
+from qwodel.modeling.wiring_probe import default_probe
 from qwodel.modeling.wiring_table import Kind
 from qwodel.smoothquant.head_rotation import rotate_heads, rotate_last_axis
 from qwodel.smoothquant.observe import ActivationStatistics
@@ -30,6 +31,7 @@ TOLERANCE = 1e-5
 """Greatest relative change of the logits that a smoothing may make."""
 
 _PROBE_TOKENS = 24
+_PROBE_SEED = 1  # other tokens than those that pairs are found with
 _LAYER = re.compile(r"(.*?\.\d+)(?:\.|$)")
 
 
@@ -150,7 +152,7 @@ def smooth_model(
         head_rotations,
         scheme or Scheme(),
         tuple(grid),
-        _probe(model) if probe is None else probe,
+        default_probe(model, tokens=_PROBE_TOKENS, seed=_PROBE_SEED) if probe is None else probe,
     )
     return run.run(tuple(find_pairs(model, probe) if pairs is None else pairs))
 
@@ -278,15 +280,3 @@ def _by_layer(pairs: tuple[Pair, ...]) -> Iterator[tuple[Pair, ...]]:
         layers.setdefault(match[1] if match else pair.producer, []).append(pair)
     for group in layers.values():
         yield tuple(group)
-
-
-def _probe(model: Any) -> torch.Tensor:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if not isinstance(embedding, nn.Embedding):
-        raise ValidationError(
-            f"unsupported model architecture {type(model).__name__}: it does not embed tokens",
-            hint="give a transformers language model",
-        )
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(embedding.num_embeddings, (1, _PROBE_TOKENS), generator=generator)
-    return ids.to(embedding.weight.device)
