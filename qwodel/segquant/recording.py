@@ -181,6 +181,9 @@ def _sample(
         _check_inputs(meta, run, describe_inputs(batch))
         if run < meta.run or meta.complete:
             continue
+        if meta.calls is not None and meta.within == len(sampler.choose(meta.calls, run)):
+            store.end_run()  # its last item was the last of a chunk
+            continue
         args, named = call_arguments(batch)
         recorder = _Recorder(sampler, run, meta.calls, skip=meta.within, keep=store.add)
         named = {**kwargs, **named}
