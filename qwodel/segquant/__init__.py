@@ -9,23 +9,49 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwodel.modeling.patterns import SegPattern
+    from qwodel.segquant.affiner import (
+        Affiner,
+        AffinerProtocol,
+        BlockwiseAffiner,
+        PTQDAffiner,
+        TACAffiner,
+        attach_affiner,
+        load_affiner,
+    )
     from qwodel.segquant.calibration_set import BaseCalibSet, load_calibrate_set
     from qwodel.segquant.recording import generate_calibrate_set
     from qwodel.segquant.samplers import AllSampler, NormalSampler, Sampler, TimestepSampler, UniformSampler
 
 __all__ = [
+    "Affiner",
+    "AffinerProtocol",
     "AllSampler",
     "BaseCalibSet",
+    "BlockwiseAffiner",
     "NormalSampler",
+    "PTQDAffiner",
     "Sampler",
     "SegPattern",
+    "TACAffiner",
     "TimestepSampler",
     "UniformSampler",
+    "attach_affiner",
     "generate_calibrate_set",
+    "load_affiner",
     "load_calibrate_set",
 ]
 
+_AFFINERS = (
+    "Affiner",
+    "AffinerProtocol",
+    "BlockwiseAffiner",
+    "PTQDAffiner",
+    "TACAffiner",
+    "attach_affiner",
+    "load_affiner",
+)
 _HOME = {
+    **dict.fromkeys(_AFFINERS, "qwodel.segquant.affiner"),
     "AllSampler": "qwodel.segquant.samplers",
     "BaseCalibSet": "qwodel.segquant.calibration_set",
     "NormalSampler": "qwodel.segquant.samplers",
