@@ -43,7 +43,9 @@ def dit_pipeline(scheduler: Any = None, seed: int = 0) -> Any:
 def flux_pipeline(seed: int = 0) -> Any:
     """Flux on prompt embeddings: keyword arguments, tokens instead of images, a tuple as output."""
     torch.manual_seed(seed)
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=4, shift_factor=0.0
+    )
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8),
