@@ -91,6 +91,7 @@ class InputRounding(nn.Module):
 
     Attributes:
         scale, zero_point, negative_scale: ``[S]`` of static inputs, else ``None``.
+        enabled: ``False`` lets inputs pass as they are.
     """
 
     scale: torch.Tensor | None
@@ -101,7 +102,7 @@ class InputRounding(nn.Module):
         self, form: InputFormat, sizes: tuple[int, ...], device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.form, self.sizes = form, sizes
+        self.form, self.sizes, self.enabled = form, sizes, True
         static = form.quant_type is not None and not form.dynamic
         ones = torch.ones(len(sizes), device=device)
         self.register_buffer("scale", ones if static else None)
@@ -154,6 +155,8 @@ class InputRounding(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` ``[T, N]`` rounded, as fp32 numbers; the tensor given is left as it is."""
+        if not self.enabled:
+            return rows
         if self.form.quant_type is None:
             return _cast(rows, self.form.dtype)
         grid = self.grid(rows)

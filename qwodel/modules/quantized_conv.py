@@ -88,9 +88,8 @@ class QuantizedConv(nn.Module):
         """Images in, images out, in the dtype of ``x``."""
         batched = x.ndim == len(self.geometry.kernel) + 2
         padded = self.geometry.pad((x if batched else x[None]).float())
-        real = (
-            self.real and self.geometry.has_patches and multiplies_integers(self.inputs, self.weight_codes)
-        )
+        real = self.real and self.inputs.enabled and self.geometry.has_patches
+        real = real and multiplies_integers(self.inputs, self.weight_codes)
         out = self._integer(padded) if real else self._emulated(padded)
         if self.bias is not None:
             out = out + self.bias.reshape(-1, *[1] * len(self.geometry.kernel))

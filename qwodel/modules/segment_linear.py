@@ -62,6 +62,7 @@ class SegmentProduct(nn.Module):
         """The product of fp32 ``rows``; ``real`` multiplies the codes where something can."""
         if self.smoothing is not None:
             rows = rows / self.smoothing
+        real = real and self.inputs.enabled
         if real and multiplies_integers(self.inputs, self.weight):
             grid = self.inputs.grid(rows)
             out = multiply_codes(self.inputs.codes(rows, grid), grid, self.inputs.sizes, self.weight)

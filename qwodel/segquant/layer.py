@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ from torch import nn
 
 from qwodel.modules.quantized_conv import ConvGeometry, QuantizedConv
 from qwodel.modules.segment_linear import SegmentLinear
-from qwodel.segquant.config import LayerSettings, OptimumSettings, Optimum
+from qwodel.segquant.config import LayerSettings, Optimum, OptimumSettings
 from qwodel.segquant.observe import LayerInputs
 from qwodel.segquant.rounding import WeightCut
-from qwodel.segquant.solve import Choice, Problem, Seams, solve
+from qwodel.segquant.solve import Choice, Problem, Seams, shared_smoothing, solve
 
-__all__ = ["is_target", "quantize_layer", "sample_limit", "sampled_rows"]
+__all__ = ["Smoothing", "is_target", "quantize_layer", "sample_limit", "sampled_rows", "settle_together"]
 
 _LEAST_ROWS, _ROWS_A_CHANNEL = 4096, 4
 
@@ -54,8 +55,23 @@ def sampled_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return reach[:, None].expand(2, columns)
 
 
+Smoothing = tuple[float | None, torch.Tensor | None]
+"""α, and what inputs are divided by."""
+
+
+def settle_together(layers: Sequence[nn.Module], inputs: LayerInputs, settings: LayerSettings) -> Smoothing:
+    """One smoothing for linear layers that read the same, so that the layer before can take it."""
+    matrix = torch.cat([matrix_of(layer) for layer in layers])
+    return shared_smoothing(Problem("", matrix, inputs, settings, _whole(matrix)))
+
+
 def quantize_layer(
-    name: str, layer: Any, inputs: LayerInputs, settings: LayerSettings, seams: Seams
+    name: str,
+    layer: Any,
+    inputs: LayerInputs,
+    settings: LayerSettings,
+    seams: Seams,
+    smoothing: Smoothing | None = None,
 ) -> tuple[nn.Module, Choice]:
     """The quantized layer, and what was chosen for it."""
     bias = None if layer.bias is None else layer.bias.detach().clone()
@@ -63,7 +79,7 @@ def quantize_layer(
     matrix = matrix_of(layer)
     if isinstance(layer, nn.Linear):
         cut = seams.cut(name, matrix) if settings.seglinear else _whole(matrix)
-        problem = Problem(name, matrix, inputs, settings, cut, name in seams.activated)
+        problem = Problem(name, matrix, inputs, settings, cut, name in seams.activated, smoothing)
         choice = solve(problem)
         return SegmentLinear(choice.parts, bias, real=settings.real_quant, dtype=dtype), choice
     # Channels of images do not meet a product each, so there is nothing to smooth; weights have a scale a channel.

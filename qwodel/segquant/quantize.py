@@ -16,8 +16,16 @@ from qwodel.exceptions import ValidationError
 from qwodel.modeling.patterns import Patterns, find_patterns
 from qwodel.modeling.stepwise import Arrival, run_in_step
 from qwodel.segquant.batches import Call, calls_of, run_call
-from qwodel.segquant.config import Configuration
-from qwodel.segquant.layer import is_target, quantize_layer, sample_limit, sampled_rows
+from qwodel.segquant.config import Configuration, Optimum
+from qwodel.segquant.fold import fold_smoothing, norm_readers
+from qwodel.segquant.layer import (
+    Smoothing,
+    is_target,
+    quantize_layer,
+    sample_limit,
+    sampled_rows,
+    settle_together,
+)
 from qwodel.segquant.observe import LayerInputs, RowSampler
 from qwodel.segquant.solve import Seams
 
@@ -135,11 +143,13 @@ def quantize_model(
                 hint="see the patterns of the configuration",
             )
         report.patterns = _seams(model, call, settings)
-        work = _Work(model, layers, settings, Seams.of(report.patterns), report)
+        work = _Work(model, layers, settings, Seams.of(report.patterns), report, _groups(model, call, layers, settings))
         if per_layer_mode:
             _one_by_one(work, calls)
         else:
             _all_in_step(work, calls, [name for name, count in counts.items() if count > 1])
+        if any(settings.of(name).opt.type is not Optimum.DEFAULT for name in layers):
+            report.folded = fold_smoothing(model, call)
     return report
 
 
@@ -150,10 +160,18 @@ class _Work:
     settings: Configuration
     seams: Seams
     report: QuantizationReport
+    groups: dict[str, tuple[str, ...]]
+    """Layer → all layers that read the same norm as it."""
+    smoothings: dict[tuple[str, ...], Smoothing] = field(default_factory=dict)
 
     def solve(self, name: str, inputs: LayerInputs) -> nn.Module:
         settings = self.settings.of(name)
-        made, choice = quantize_layer(name, self.layers[name], inputs, settings, self.seams)
+        group = self.groups.get(name)
+        if group is not None and group not in self.smoothings:
+            together = [self.layers[each] for each in group]
+            self.smoothings[group] = settle_together(together, inputs, settings)
+        shared = None if group is None else self.smoothings[group]
+        made, choice = quantize_layer(name, self.layers[name], inputs, settings, self.seams, shared)
         self.report.layers.append(LayerReport(name, choice.error, choice.how))
         if settings.opt.verbose or settings.calib.verbose:
             tried = ", ".join(f"{how} {error:.3g}" for how, error in choice.tried.items())
@@ -211,6 +229,20 @@ def _count_calls(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) 
         for each in hooks:
             each.remove()
     return counts
+
+
+def _groups(
+    model: nn.Module, call: Call, layers: Mapping[str, nn.Module], settings: Configuration
+) -> dict[str, tuple[str, ...]]:
+    """Layers that read one norm and can share a smoothing that the norm takes."""
+    found = {}
+    for names in norm_readers(model, call).values():
+        group = tuple(names)
+        alike = len({settings.of(name).model_dump_json() for name in group}) == 1
+        if len(group) > 1 and alike and all(isinstance(layers.get(name), nn.Linear) for name in group):
+            if settings.of(group[0]).opt.type is not Optimum.DEFAULT:
+                found |= dict.fromkeys(group, group)
+    return found
 
 
 def _seams(model: nn.Module, call: Call, settings: Configuration) -> Patterns | None:

@@ -18,7 +18,7 @@ from qwodel.segquant.config import Calibrate, LayerSettings, Optimum
 from qwodel.segquant.observe import LayerInputs
 from qwodel.segquant.rounding import WeightCut, round_weight
 
-__all__ = ["Choice", "Problem", "Seams", "solve"]
+__all__ = ["Choice", "Problem", "Seams", "shared_smoothing", "solve"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Problem:
     Attributes:
         cut: segments of outputs and inputs.
         activated: an activation function feeds the layer.
+        smoothing: what inputs are divided by and the α it came from, where that is settled already.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Problem:
     settings: LayerSettings
     cut: WeightCut
     activated: bool = False
+    smoothing: tuple[float | None, torch.Tensor | None] | None = None
 
     def rows(self, part: slice, height: int) -> Problem:
         """The problem of some of the outputs."""
@@ -98,11 +100,19 @@ class Choice:
     tried: dict[str, float] = field(default_factory=dict)
 
 
+def shared_smoothing(problem: Problem) -> tuple[float | None, torch.Tensor | None]:
+    """The smoothing of least error for layers that read the same, their weights stacked in one problem."""
+    search = _Search(problem)
+    plan = search.settle().plan
+    return plan.alpha, search.smoothing(plan.alpha)
+
+
 def solve(problem: Problem) -> Choice:
     """The best product of a problem under its settings."""
     search = _Search(problem)
     whole = search.settle()
-    if len(problem.cut.outputs) == 1 or problem.settings.opt.type is Optimum.DEFAULT:
+    alone = problem.settings.opt.type is Optimum.DEFAULT or problem.smoothing is not None
+    if alone or len(problem.cut.outputs) == 1:
         return search.refine(whole)
     start, single = 0, []
     for height in problem.cut.outputs:
@@ -186,6 +196,15 @@ class _Search:
             best = self._alternate(best, held)
         return Choice([best.product], best.error, str(best.plan), self.tried)
 
+    def smoothing(self, alpha: float | None) -> torch.Tensor | None:
+        """What inputs are divided by."""
+        if self.problem.smoothing is not None:
+            return self.problem.smoothing[1]
+        if alpha is None:
+            return None
+        scales = smoothing_scales(self.problem.inputs.peak, self.problem.weight, alpha)
+        return scales.clamp_(_LEAST_SCALE, _MOST_SCALE)
+
     def energy(self) -> float:
         """‖y‖² of the sample."""
         return float(self._target(self.sample).square().sum())
@@ -195,7 +214,9 @@ class _Search:
         whole = (sum(sizes),)
         smooth = self.opt.type is not Optimum.DEFAULT
         alphas: list[float | None] = list(self.opt.alphas()) if smooth else [None]
-        if smooth and self.opt.keep_best:
+        if self.problem.smoothing is not None:
+            alphas = [self.problem.smoothing[0]]
+        elif smooth and self.opt.keep_best:
             alphas = [None, *alphas]
         duals = [False, True] if self._dual() is None else [bool(self._dual())]
         cuts = [whole, sizes] if sizes != whole else [whole]
@@ -282,11 +303,8 @@ class _Search:
         return self._branches[alpha]
 
     def _new_branch(self, alpha: float | None) -> _Branch:
-        weight, smoothing = self.problem.weight, None
-        if alpha is not None:
-            scales = smoothing_scales(self.problem.inputs.peak, weight, alpha)
-            smoothing = scales.clamp_(_LEAST_SCALE, _MOST_SCALE)
-            weight = weight * smoothing
+        smoothing = self.smoothing(alpha)
+        weight = self.problem.weight if smoothing is None else self.problem.weight * smoothing
         # A branch of full rank would be the layer itself in floating point.
         rank = max(min(self.opt.low_rank, min(weight.shape) // _RANK_SHARE), 1)
         svd = self.opt.type is Optimum.SVD
