@@ -17,10 +17,10 @@ from qwodel.exceptions import ConfigurationError, ValidationError, did_you_mean
 __all__ = [
     "FP8_E4M3",
     "FP8_E5M2",
-    "INT16",
     "INT4",
     "INT6",
     "INT8",
+    "INT16",
     "QUANT_TYPES",
     "ROW",
     "TENSOR",

@@ -122,7 +122,7 @@ class InputRounding(nn.Module):
             below = None if self.negative_scale is None else self.negative_scale[None]
             return Grid(self.scale[None], zero, below)
         dims = (1,) if self.form.per_token else (0, 1)
-        pieces = rows.split(self.sizes, dim=1) if len(self.sizes) > 1 else (rows,)
+        pieces = torch.split(rows, list(self.sizes), dim=1) if len(self.sizes) > 1 else (rows,)
         low, high = [], []
         for piece in pieces:
             least, most = piece.amin(dim=dims, keepdim=True), piece.amax(dim=dims, keepdim=True)

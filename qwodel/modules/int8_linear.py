@@ -208,6 +208,9 @@ def int8_product(codes: torch.Tensor, weight: torch.Tensor, *, exact: bool | Non
 def _multiply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``codes @ weightᵀ`` in int32, padded to the shapes that CUDA's operator takes."""
     if codes.device.type != "cuda":
+        if codes.shape[1] == 1:
+            # The operator takes the transpose of a single column for what it is not, and computes nonsense.
+            codes, weight = nn.functional.pad(codes, (0, 1)), nn.functional.pad(weight, (0, 1))
         return torch._int_mm(codes, weight.t())  # noqa: SLF001  (the public name of this operator)
     rows, columns, outputs = codes.shape[0], codes.shape[1], weight.shape[0]
     more = max(_CUDA_ROWS - rows, 0), -columns % _CUDA_MULTIPLE, -outputs % _CUDA_MULTIPLE

@@ -97,7 +97,8 @@ class SegmentProduct(nn.Module):
 
     def _fp8_product(self, rows: torch.Tensor) -> torch.Tensor:
         kind, scale = self.inputs.form.quant_type, self.weight.scale
-        assert kind is not None and scale is not None
+        assert kind is not None
+        assert scale is not None
         grid = self.inputs.grid(rows)
         codes = self.inputs.codes(rows, grid).to(kind.dtype)
         one = torch.ones((), device=rows.device)

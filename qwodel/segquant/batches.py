@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from qwodel.exceptions import CalibrationError
 
-__all__ = ["Call", "calls_of", "device_of", "run_call"]
+__all__ = ["Call", "calls_of", "device_of", "run_call", "tensors_of"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
@@ -27,7 +27,9 @@ def calls_of(batches: Iterable[Any]) -> list[Call]:
     """
     calls = [_call(batch) for batch in batches]
     if not calls:
-        raise CalibrationError("the calibration data has no batches", hint="give at least one batch of inputs")
+        raise CalibrationError(
+            "the calibration data has no batches", hint="give at least one batch of inputs"
+        )
     return calls
 
 
@@ -52,7 +54,21 @@ def run_call(model: nn.Module, call: Call) -> Any:
     """Run the model on a call, moved to the model's device."""
     device = device_of(model)
     args, kwargs = call
-    return model(*(_to(each, device) for each in args), **{key: _to(each, device) for key, each in kwargs.items()})
+    return model(
+        *(_to(each, device) for each in args), **{key: _to(each, device) for key, each in kwargs.items()}
+    )
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in what a model returned."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_of(each)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for each in value:
+            yield from tensors_of(each)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -22,13 +22,14 @@ from qwodel.modeling.patterns import SegPattern
 from qwodel.modules.input_rounding import InputFormat
 
 __all__ = [
-    "CalibrationSettings",
     "Calibrate",
+    "CalibrationSettings",
     "Configuration",
     "DType",
     "LayerSettings",
     "Optimum",
     "OptimumSettings",
+    "Polarity",
     "default_quantize_config",
 ]
 
@@ -80,6 +81,14 @@ class Calibrate(StrEnum):
 
     AMAX = "amax"
     GPTQ = "gptq"
+
+
+class Polarity(StrEnum):
+    """How codes treat values above and below zero."""
+
+    ONE = "one scale"
+    TWO = "dual"
+    ZERO = "zero point"
 
 
 class _Settings(BaseModel):
@@ -141,7 +150,9 @@ class CalibrationSettings(_Settings):
         if self.groupsize == 0:
             raise ValueError("groupsize is -1 (none) or a number of columns")
         if self.static_groups is False and self.groupsize > 0:
-            raise ValueError("scales of groups are always settled before rounding: static_groups cannot be off")
+            raise ValueError(
+                "scales of groups are always settled before rounding: static_groups cannot be off"
+            )
         given = self.model_fields_set - {"type", "search_range", "verbose"}
         if self.type is Calibrate.AMAX and given:
             raise ValueError(f"{', '.join(sorted(given))} belong to GPTQ, and type is AMAX")
@@ -152,12 +163,17 @@ class _Rounding(_Settings):
     type: DType = DType.INT8
     axis: Literal[-1, 1] | None = None
     dynamic: bool = False
-    symmetric: bool = True
+    symmetric: bool | None = None
+
+    @property
+    def integers(self) -> bool:
+        """Whether codes are integers."""
+        kind = self.type.quant_type
+        return kind is not None and not kind.is_float
 
     @model_validator(mode="after")
-    def _integers(self) -> Self:
-        kind = self.type.quant_type
-        if not self.symmetric and (kind is None or kind.is_float):
+    def _with_zero_points(self) -> Self:
+        if self.symmetric is False and not self.integers:
             raise ValueError(f"symmetric is about integers; {self.type} has no zero point")
         return self
 
@@ -176,20 +192,33 @@ class InputSettings(_Rounding):
             )
         if self.axis == -1 and not self.dynamic and self.type.quant_type is not None:
             raise ValueError("axis -1 is a scale for each token, and tokens differ: set dynamic")
-        kind = self.type.quant_type
-        if self.dual_scale and (kind is None or kind.is_float or not self.symmetric):
+        if self.dual_scale and (self.symmetric is False or not self.integers):
             raise ValueError("dual_scale is for symmetric integers")
         return self
 
-    def form(self, *, dual: bool = False) -> InputFormat:
-        """What inputs are rounded to; ``dual`` where values below zero have a scale of their own."""
+    def polarities(self, *, asymmetric: bool) -> list[Polarity]:
+        """What to try: one scale, two of them, or a zero point.
+
+        Args:
+            asymmetric: an activation function feeds the layer, and one side reaches much further.
+        """
+        if self.symmetric is False:
+            return [Polarity.ZERO]
+        if self.dual_scale:
+            return [Polarity.TWO]
+        if not asymmetric or not self.integers or self.dual_scale is False:
+            return [Polarity.ONE]
+        return [Polarity.ONE, Polarity.TWO] if self.symmetric else list(Polarity)
+
+    def form(self, polarity: Polarity) -> InputFormat:
+        """What inputs are rounded to."""
         return InputFormat(
             self.type.quant_type,
             self.type.float_dtype,
             per_token=self.axis == -1 and self.type.quant_type is not None,
             dynamic=self.dynamic,
-            symmetric=self.symmetric,
-            dual=dual,
+            symmetric=polarity is not Polarity.ZERO,
+            dual=polarity is Polarity.TWO,
         )
 
 
@@ -219,11 +248,11 @@ class LayerSettings(_Settings):
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.calib.type is Calibrate.GPTQ:
-            if not self.weight_quant.symmetric:
+            if self.weight_quant.symmetric is False:
                 raise ValueError("GPTQ rounds to symmetric grids: weight_quant.symmetric cannot be off")
             if self.weight_quant.type.quant_type is None:
                 raise ValueError(f"GPTQ has nothing to round where weights are {self.weight_quant.type}")
-        if not self.weight_quant.symmetric and self.calib.search_range:
+        if self.weight_quant.symmetric is False and self.calib.search_range:
             raise ValueError("search_range looks for symmetric scales: weight_quant.symmetric cannot be off")
         return self
 

@@ -7,7 +7,7 @@ switched off, and taken back where the outputs change.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from qwodel.modules.input_rounding import InputRounding
 from qwodel.modules.segment_linear import SegmentLinear
-from qwodel.segquant.batches import Call, run_call
+from qwodel.segquant.batches import Call, run_call, tensors_of
 
 __all__ = ["fold_smoothing", "is_affine_norm", "norm_readers"]
 
@@ -171,19 +171,8 @@ def _linear(model: nn.Module, name: str) -> SegmentLinear:
 
 
 def _outputs(model: nn.Module, call: Call) -> torch.Tensor:
-    found = list(_tensors(run_call(model, call)))
+    found = list(tensors_of(run_call(model, call)))
     return torch.cat([each.double().flatten() for each in found]) if found else torch.zeros(1)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for each in value:
-            yield from _tensors(each)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def quantize_layer(
     matrix = matrix_of(layer)
     if isinstance(layer, nn.Linear):
         cut = seams.cut(name, matrix) if settings.seglinear else _whole(matrix)
-        problem = Problem(name, matrix, inputs, settings, cut, name in seams.activated, smoothing)
+        problem = Problem(name, matrix, inputs, settings, cut, name in seams.activated, smoothing, dtype)
         choice = solve(problem)
         return SegmentLinear(choice.parts, bias, real=settings.real_quant, dtype=dtype), choice
     # Channels of images do not meet a product each, so there is nothing to smooth; weights have a scale a channel.

@@ -69,7 +69,8 @@ class RowSampler:
         low, high = rows.amin(dim=0).float(), rows.amax(dim=0).float()
         if not bool((low.isfinite() & high.isfinite()).all()):
             raise CalibrationError(
-                f"the inputs of {self._name} hold NaN or Inf", hint="calibrate in a wider dtype, such as float32"
+                f"the inputs of {self._name} hold NaN or Inf",
+                hint="calibrate in a wider dtype, such as float32",
             )
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
@@ -93,7 +94,9 @@ def _divide(kept: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     last = _HELD_OUT - 1
     if len(kept) >= _HELD_OUT:
         held = [rows for index, rows in enumerate(kept) if index % _HELD_OUT == last]
-        return torch.cat([rows for index, rows in enumerate(kept) if index % _HELD_OUT != last]), torch.cat(held)
+        return torch.cat([rows for index, rows in enumerate(kept) if index % _HELD_OUT != last]), torch.cat(
+            held
+        )
     rows = torch.cat(list(kept))
     if len(rows) < _HELD_OUT:
         return rows, rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -109,9 +109,7 @@ def quantize(
         ValidationError: the model does not run on the data, or nothing in it can be quantized.
     """
     target = model if inplace else deepcopy(model)
-    report = quantize_model(
-        target, calib_data_loader, config, per_layer_mode=per_layer_mode, example=example
-    )
+    report = quantize_model(target, calib_data_loader, config, per_layer_mode=per_layer_mode, example=example)
     if verbose:
         if report.patterns is not None:
             print(report.patterns.table())
@@ -126,8 +124,13 @@ def quantize_model(
     *,
     per_layer_mode: bool = False,
     example: Any = None,
+    on_layer: Callable[[int, int, str], None] | None = None,
 ) -> QuantizationReport:
-    """:func:`quantize` in place, with a report of what became of each layer."""
+    """:func:`quantize` in place, with a report of what became of each layer.
+
+    Args:
+        on_layer: called after each layer with how many are done, how many there are, and its name.
+    """
     settings = config if isinstance(config, Configuration) else Configuration(config)
     calls = calls_of(batches)
     call = calls[0] if example is None else calls_of([example])[0]
@@ -143,7 +146,15 @@ def quantize_model(
                 hint="see the patterns of the configuration",
             )
         report.patterns = _seams(model, call, settings)
-        work = _Work(model, layers, settings, Seams.of(report.patterns), report, _groups(model, call, layers, settings))
+        work = _Work(
+            model,
+            layers,
+            settings,
+            Seams.of(report.patterns),
+            report,
+            _groups(model, call, layers, settings),
+            on_layer,
+        )
         if per_layer_mode:
             _one_by_one(work, calls)
         else:
@@ -162,6 +173,7 @@ class _Work:
     report: QuantizationReport
     groups: dict[str, tuple[str, ...]]
     """Layer → all layers that read the same norm as it."""
+    on_layer: Callable[[int, int, str], None] | None = None
     smoothings: dict[tuple[str, ...], Smoothing] = field(default_factory=dict)
 
     def solve(self, name: str, inputs: LayerInputs) -> nn.Module:
@@ -176,6 +188,8 @@ class _Work:
         if settings.opt.verbose or settings.calib.verbose:
             tried = ", ".join(f"{how} {error:.3g}" for how, error in choice.tried.items())
             _log.info("%s: %s (relative errors: %s)", name, choice.how, tried)
+        if self.on_layer is not None:
+            self.on_layer(len(self.report.layers), len(self.layers), name)
         return made
 
     def sampler(self, name: str, batches: int) -> RowSampler:
@@ -191,7 +205,7 @@ class _Work:
 
 
 def _targets(model: nn.Module, settings: Configuration, report: QuantizationReport) -> dict[str, nn.Module]:
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
@@ -235,13 +249,14 @@ def _groups(
     model: nn.Module, call: Call, layers: Mapping[str, nn.Module], settings: Configuration
 ) -> dict[str, tuple[str, ...]]:
     """Layers that read one norm and can share a smoothing that the norm takes."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for names in norm_readers(model, call).values():
         group = tuple(names)
         alike = len({settings.of(name).model_dump_json() for name in group}) == 1
-        if len(group) > 1 and alike and all(isinstance(layers.get(name), nn.Linear) for name in group):
-            if settings.of(group[0]).opt.type is not Optimum.DEFAULT:
-                found |= dict.fromkeys(group, group)
+        linear = all(isinstance(layers.get(name), nn.Linear) for name in group)
+        smoothed = settings.of(group[0]).opt.type is not Optimum.DEFAULT
+        if len(group) > 1 and alike and linear and smoothed:
+            found |= dict.fromkeys(group, group)
     return found
 
 

@@ -54,7 +54,7 @@ def round_weight(
     if kind is None:
         values = weight.clamp(-_limit(settings), _limit(settings)).to(settings.type.float_dtype)
         return WeightCodes.of(values, None, None, (weight.shape[1],))
-    if not settings.symmetric:
+    if settings.symmetric is False:
         return _asymmetric(weight, kind, settings, cut)
     codes, scales, zero, sizes = [], [], None, list[int]()
     start = 0
@@ -91,7 +91,7 @@ def _symmetric(
     group = calib.groupsize if 0 < calib.groupsize < columns else 0
     granularity = Granularity.group(group) if group else (TENSOR if settings.axis is None else ROW)
     # Rows with scales of their own need no cut.
-    pieces = list(block.split(list(outputs))) if granularity == TENSOR else [block]
+    pieces = list(torch.split(block, list(outputs))) if granularity == TENSOR else [block]
     if solve and gram is not None:
         options = GptqOptions(
             block_size=calib.blocksize,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -14,7 +14,7 @@ from qwodel.algorithms.smoothing import smoothing_scales
 from qwodel.modeling.patterns import Patterns
 from qwodel.modules.input_rounding import InputRounding, input_grid
 from qwodel.modules.segment_linear import SegmentProduct
-from qwodel.segquant.config import Calibrate, LayerSettings, Optimum
+from qwodel.segquant.config import Calibrate, LayerSettings, Optimum, Polarity
 from qwodel.segquant.observe import LayerInputs
 from qwodel.segquant.rounding import WeightCut, round_weight
 
@@ -50,9 +50,7 @@ class Seams:
         """Those that were found; none where ``None``."""
         if patterns is None:
             return cls()
-        return cls(
-            patterns.output_segments(), patterns.input_segments(), frozenset(patterns.activations())
-        )
+        return cls(patterns.output_segments(), patterns.input_segments(), frozenset(patterns.activations()))
 
     def cut(self, name: str, weight: torch.Tensor) -> WeightCut:
         """The segments of a weight ``[M, N]``; all of it where nothing was found."""
@@ -68,6 +66,7 @@ class Problem:
         cut: segments of outputs and inputs.
         activated: an activation function feeds the layer.
         smoothing: what inputs are divided by and the α it came from, where that is settled already.
+        dtype: what a low-rank branch is stored in.
     """
 
     name: str
@@ -77,6 +76,7 @@ class Problem:
     cut: WeightCut
     activated: bool = False
     smoothing: tuple[float | None, torch.Tensor | None] | None = None
+    dtype: torch.dtype = torch.float32
 
     def rows(self, part: slice, height: int) -> Problem:
         """The problem of some of the outputs."""
@@ -134,6 +134,7 @@ class _Plan:
     Attributes:
         alpha: of the smoothing; ``None`` leaves inputs as they are.
         sizes: columns with input scales of their own.
+        polarity: one input scale, two, or a zero point.
         clip: input scales that may clip.
         fitted: weight scales that may clip.
         solved: codes by GPTQ.
@@ -142,7 +143,7 @@ class _Plan:
 
     alpha: float | None
     sizes: tuple[int, ...]
-    dual: bool = False
+    polarity: Polarity = Polarity.ONE
     clip: bool = False
     fitted: bool = False
     solved: bool = False
@@ -151,7 +152,8 @@ class _Plan:
     def __str__(self) -> str:
         words = ["unsmoothed" if self.alpha is None else f"α={self.alpha:g}"]
         words += [f"{len(self.sizes)} inputs"] if len(self.sizes) > 1 else []
-        flags = {"dual": self.dual, "clip": self.clip, "fitted": self.fitted, "gptq": self.solved}
+        words += [str(self.polarity)] if self.polarity is not Polarity.ONE else []
+        flags = {"clip": self.clip, "fitted": self.fitted, "gptq": self.solved}
         words += [word for word, on in flags.items() if on]
         return " ".join([*words, f"{self.rounds} rounds"] if self.rounds else words)
 
@@ -173,23 +175,32 @@ class _Search:
         self.tried: dict[str, float] = {}
         self._targets: dict[int, torch.Tensor] = {}
         self._branches: dict[float | None, _Branch] = {}
+        self._settled: dict[_Plan, _Made] = {}
 
     def settle(self) -> _Made:
         """Smoothing, cuts and dual scales of least error on a sample; codes to nearest."""
-        best: _Made | None = None
-        for plan in self._starts():
-            made = self._make(plan, self.sample)
-            if best is None or made.error < best.error:
-                best = made
-        assert best is not None
+        alphas = self._alphas()
+        best = self._least(self._shapes(alphas[0]))
+        if len(alphas) > 1:
+            # The shape that suits unsmoothed inputs is what α is searched with; then all shapes once more.
+            best = self._least([replace(best.plan, alpha=alpha) for alpha in alphas])
+            best = self._least(self._shapes(best.plan.alpha))
         return best
+
+    def _least(self, plans: Sequence[_Plan]) -> _Made:
+        return min((self._made(plan) for plan in plans), key=lambda made: made.error)
+
+    def _made(self, plan: _Plan) -> _Made:
+        if plan not in self._settled:
+            self._settled[plan] = self._make(plan, self.sample)
+        return self._settled[plan]
 
     def refine(self, settled: _Made) -> Choice:
         """Scales, then codes, then the low-rank branch: each step where held-out rows gain by it."""
         held = self.problem.inputs.held
         best = replace(settled, error=self._error(settled.product, held))
         for step in self._steps():
-            made = self._make(replace(best.plan, **step), held)
+            made = self._make(step(best.plan), held)
             if made.error < best.error or not self.opt.keep_best:
                 best = made
         if self.opt.type is Optimum.SVD:
@@ -209,43 +220,33 @@ class _Search:
         """‖y‖² of the sample."""
         return float(self._target(self.sample).square().sum())
 
-    def _starts(self) -> Iterator[_Plan]:
+    def _alphas(self) -> list[float | None]:
+        if self.problem.smoothing is not None:
+            return [self.problem.smoothing[0]]
+        if self.opt.type is Optimum.DEFAULT:
+            return [None]
+        return [None, *self.opt.alphas()] if self.opt.keep_best else list(self.opt.alphas())
+
+    def _shapes(self, alpha: float | None) -> list[_Plan]:
+        """Every way to cut inputs and to treat their signs."""
         sizes = self.problem.cut.inputs
         whole = (sum(sizes),)
-        smooth = self.opt.type is not Optimum.DEFAULT
-        alphas: list[float | None] = list(self.opt.alphas()) if smooth else [None]
-        if self.problem.smoothing is not None:
-            alphas = [self.problem.smoothing[0]]
-        elif smooth and self.opt.keep_best:
-            alphas = [None, *alphas]
-        duals = [False, True] if self._dual() is None else [bool(self._dual())]
-        cuts = [whole, sizes] if sizes != whole else [whole]
-        for alpha in alphas:
-            for dual in duals:
-                for cut in cuts:
-                    yield _Plan(alpha, cut, dual)
-
-    def _dual(self) -> bool | None:
-        """Whether values below zero have a scale of their own; ``None`` where that is to be tried."""
-        form = self.problem.settings.input_quant
-        kind = form.type.quant_type
-        if form.dual_scale is not None:
-            return form.dual_scale
-        if not self.problem.activated or kind is None or kind.is_float or not form.symmetric:
-            return False
         low, high = -float(self.problem.inputs.low.min()), float(self.problem.inputs.high.max())
-        return None if min(low, high) <= _ASYMMETRY * max(low, high) else False
+        asymmetric = self.problem.activated and min(low, high) <= _ASYMMETRY * max(low, high)
+        polarities = self.problem.settings.input_quant.polarities(asymmetric=asymmetric)
+        cuts = [whole, sizes] if sizes != whole else [whole]
+        return [_Plan(alpha, cut, polarity) for polarity in polarities for cut in cuts]
 
-    def _steps(self) -> Iterator[dict[str, bool]]:
+    def _steps(self) -> Iterator[Callable[[_Plan], _Plan]]:
         static = not self.problem.settings.input_quant.dynamic
         coded = self.problem.settings.weight_quant.type.quant_type is not None
         if self.calib.search_range:
             if static and self.problem.settings.input_quant.type.quant_type is not None:
-                yield {"clip": True}
+                yield lambda plan: replace(plan, clip=True)
             if coded:
-                yield {"fitted": True}
+                yield lambda plan: replace(plan, fitted=True)
         if self.calib.type is Calibrate.GPTQ:
-            yield {"solved": True}
+            yield lambda plan: replace(plan, solved=True)
 
     def _alternate(self, best: _Made, held: torch.Tensor) -> _Made:
         """Fit the branch to what codes leave, then codes to what the branch leaves, while that helps."""
@@ -278,7 +279,11 @@ class _Search:
             left, settings.weight_quant, self.calib, WeightCut(self.problem.cut.outputs, plan.sizes),
             gram=metric, search=plan.fitted, solve=plan.solved,
         )  # fmt: skip
-        up, down = (None, None) if factors is None else (each.float().contiguous() for each in factors)
+        up, down = (
+            (None, None)
+            if factors is None
+            else (each.to(self.problem.dtype).contiguous() for each in factors)
+        )
         product = SegmentProduct(rounding, codes, smoothing=branch.smoothing, up=up, down=down)
         error = self._error(product, rows)
         self.tried[str(plan)] = error
@@ -312,12 +317,12 @@ class _Search:
         return _Branch(weight, smoothing, rank, factors)
 
     def _inputs(self, plan: _Plan, branch: _Branch) -> InputRounding:
-        form = self.problem.settings.input_quant.form(dual=plan.dual)
+        form = self.problem.settings.input_quant.form(plan.polarity)
         rounding = InputRounding(form, plan.sizes, device=branch.weight.device)
         if form.quant_type is None or form.dynamic:
             return rounding
-        low = branch.smoothed(self.problem.inputs.low).split(list(plan.sizes))
-        high = branch.smoothed(self.problem.inputs.high).split(list(plan.sizes))
+        low = torch.split(branch.smoothed(self.problem.inputs.low), list(plan.sizes))
+        high = torch.split(branch.smoothed(self.problem.inputs.high), list(plan.sizes))
         least = torch.stack([part.amin().clamp(max=0) for part in low])[None]
         most = torch.stack([part.amax().clamp(min=0) for part in high])[None]
         rounding.set_grid(input_grid(least, most, form))
@@ -351,7 +356,11 @@ def _together(parts: Sequence[_Search], errors: Sequence[float]) -> float:
 
 
 def _clip(
-    rounding: InputRounding, low: torch.Tensor, high: torch.Tensor, rows: torch.Tensor, importance: torch.Tensor
+    rounding: InputRounding,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    rows: torch.Tensor,
+    importance: torch.Tensor,
 ) -> None:
     """Shrink each segment's range to that of least error, weighted by how much each channel matters."""
     sizes = list(rounding.sizes)
@@ -372,5 +381,3 @@ def _clip(
 def _thin(rows: torch.Tensor, limit: int) -> torch.Tensor:
     step = max(len(rows) // limit, 1)
     return rows[::step][:limit]
-
-

@@ -49,9 +49,7 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     return {"quant_method": QUANT_METHOD, "format": FORMAT, "layers": layers}
 
 
-def save_quantized(
-    model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int = _SHARD
-) -> Path:
+def save_quantized(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int = _SHARD) -> Path:
     """Write a quantized model.
 
     Args:
@@ -83,7 +81,10 @@ def save_quantized(
     config |= {"_class_name": type(model).__name__, "quantization_config": structure}
     (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", "utf-8")
     save_torch_state_dict(
-        _unshared(state), path, filename_pattern=_WEIGHTS + "{suffix}.safetensors", max_shard_size=max_shard_size
+        _unshared(state),
+        path,
+        filename_pattern=_WEIGHTS + "{suffix}.safetensors",
+        max_shard_size=max_shard_size,
     )
     return path
 
@@ -145,7 +146,9 @@ def _fill(model: nn.Module, files: list[Path], structure: Mapping[str, Any]) -> 
     layers = dict(model.named_modules())
     for name, described in structure["layers"].items():
         if name not in layers:
-            raise ValidationError(f"the model has no layer {name}", hint="give the architecture that was quantized")
+            raise ValidationError(
+                f"the model has no layer {name}", hint="give the architecture that was quantized"
+            )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, _build(described))
     state: dict[str, torch.Tensor] = {}
@@ -215,7 +218,10 @@ def _unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _restore_shared(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Give tied names the tensor that was saved under their first."""
     names: dict[int, list[str]] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
         names.setdefault(id(tensor), []).append(name)
     for tied in names.values():
         present = next((state[name] for name in tied if name in state), None)
@@ -274,12 +280,15 @@ def _build(described: Mapping[str, Any]) -> nn.Module:
     dtype = _dtype(described["dtype"])
     options: dict[str, Any] = {"real": described["real"], "dtype": dtype}
     if described["kind"] == "conv":
-        geometry = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in described["geometry"].items()
+        geometry: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in described["geometry"].items()
         }
         weight = _built_weight(described["weight"])
         bias = _empty_bias(described["bias"], weight.shape[0])
-        return QuantizedConv(_built_inputs(described["inputs"]), weight, bias, ConvGeometry(**geometry), **options)
+        return QuantizedConv(
+            _built_inputs(described["inputs"]), weight, bias, ConvGeometry(**geometry), **options
+        )
     parts = []
     for each in described["parts"]:
         weight = _built_weight(each["weight"])
