@@ -115,12 +115,13 @@ class InputRounding(nn.Module):
         self.zero_point = None if grid.zero is None else grid.zero.reshape(-1).float()
         self.negative_scale = None if grid.below is None else grid.below.reshape(-1).float()
 
-    def grid(self, rows: torch.Tensor) -> Grid:
-        """The scales of ``rows`` ``[T, N]``."""
+    def grid(self, rows: torch.Tensor, smoothing: torch.Tensor | None = None) -> Grid:
+        """The scales of ``rows`` ``[T, N]``, divided by ``smoothing`` ``[N]`` first."""
         if self.scale is not None:
             zero = None if self.zero_point is None else self.zero_point[None]
             below = None if self.negative_scale is None else self.negative_scale[None]
             return Grid(self.scale[None], zero, below)
+        rows = rows if smoothing is None else rows / smoothing
         dims = (1,) if self.form.per_token else (0, 1)
         pieces = torch.split(rows, list(self.sizes), dim=1) if len(self.sizes) > 1 else (rows,)
         low, high = [], []
@@ -130,13 +131,13 @@ class InputRounding(nn.Module):
             high.append(most.clamp_(min=0))
         return input_grid(torch.cat(low, dim=1), torch.cat(high, dim=1), self.form)
 
-    def codes(self, rows: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Codes ``[T, N]`` as fp32 numbers, with the zero point in them."""
+    def codes(self, rows: torch.Tensor, grid: Grid, smoothing: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes ``[T, N]`` of ``rows / smoothing`` as fp32 numbers, with the zero point in them."""
         form = self.form
         assert form.quant_type is not None
-        scaled = rows / self._spread(grid.scale)
+        scaled = rows / self._divisor(grid.scale, smoothing)
         if grid.below is not None:
-            scaled = torch.where(rows < 0, rows / self._spread(grid.below), scaled)
+            scaled = torch.where(rows < 0, rows / self._divisor(grid.below, smoothing), scaled)
         if grid.zero is not None:
             least, most = asymmetric_range(form.quant_type)
             return scaled.round_().add_(self._spread(grid.zero)).clamp_(least, most)
@@ -153,14 +154,18 @@ class InputRounding(nn.Module):
             scale = torch.where(codes < 0, self._spread(grid.below), scale)
         return codes * scale
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` ``[T, N]`` rounded, as fp32 numbers; the tensor given is left as it is."""
-        if not self.enabled:
-            return rows
-        if self.form.quant_type is None:
-            return _cast(rows, self.form.dtype)
-        grid = self.grid(rows)
-        return self.values(self.codes(rows, grid), grid)
+    def forward(self, rows: torch.Tensor, smoothing: torch.Tensor | None = None) -> torch.Tensor:
+        """``rows / smoothing`` ``[T, N]`` rounded, as fp32 numbers; the tensor given is left as it is."""
+        if not self.enabled or self.form.quant_type is None:
+            smoothed = rows if smoothing is None else rows / smoothing
+            return _cast(smoothed, self.form.dtype) if self.enabled else smoothed
+        grid = self.grid(rows, smoothing)
+        return self.values(self.codes(rows, grid, smoothing), grid)
+
+    def _divisor(self, scale: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
+        """What rows are divided by to be codes: one division, whatever takes part in it."""
+        spread = self._spread(scale)
+        return spread if smoothing is None else spread * smoothing
 
     def _spread(self, scales: torch.Tensor) -> torch.Tensor:
         """``[R, S]`` → ``[R, N]``."""

@@ -60,18 +60,19 @@ class SegmentProduct(nn.Module):
 
     def forward(self, rows: torch.Tensor, *, real: bool = False) -> torch.Tensor:
         """The product of fp32 ``rows``; ``real`` multiplies the codes where something can."""
-        if self.smoothing is not None:
-            rows = rows / self.smoothing
+        smoothing = self.smoothing
         real = real and self.inputs.enabled
         if real and multiplies_integers(self.inputs, self.weight):
-            grid = self.inputs.grid(rows)
-            out = multiply_codes(self.inputs.codes(rows, grid), grid, self.inputs.sizes, self.weight)
+            grid = self.inputs.grid(rows, smoothing)
+            codes = self.inputs.codes(rows, grid, smoothing)
+            out = multiply_codes(codes, grid, self.inputs.sizes, self.weight)
         elif real and self._fp8(rows):
             out = self._fp8_product(rows)
         else:
-            out = self.inputs(rows) @ self.weight.values().T
+            out = self.inputs(rows, smoothing) @ self.weight.values().T
         if self.down is not None and self.up is not None:
-            out = torch.addmm(out, rows @ self.down.to(rows).T, self.up.to(rows).T)
+            down = self.down.to(rows) if smoothing is None else self.down.to(rows) / smoothing
+            out = torch.addmm(out, rows @ down.T, self.up.to(rows).T)
         return out
 
     def dequantize(self) -> torch.Tensor:
@@ -99,8 +100,8 @@ class SegmentProduct(nn.Module):
         kind, scale = self.inputs.form.quant_type, self.weight.scale
         assert kind is not None
         assert scale is not None
-        grid = self.inputs.grid(rows)
-        codes = self.inputs.codes(rows, grid).to(kind.dtype)
+        grid = self.inputs.grid(rows, self.smoothing)
+        codes = self.inputs.codes(rows, grid, self.smoothing).to(kind.dtype)
         one = torch.ones((), device=rows.device)
         product = torch._scaled_mm(codes, self.weight.codes.t(), one, one, out_dtype=torch.float32)  # noqa: SLF001
         return product * grid.scale * scale.T
@@ -132,14 +133,16 @@ def multiply_codes(
         left, right = codes[:, start:stop].contiguous(), numbers[:, start:stop].contiguous()
         product = int8_product(left, right)
         part = slice(segment, segment + 1)
+        zero = None if grid.zero is None else grid.zero[:, part]
+        other = None if weight.zero_point is None else weight.zero_point[:, group]
+        product = _without_zeros(product, left, right, zero, other)
         if grid.below is not None:
             above, below = product.chunk(2)
-            product = above * grid.scale[:, part] + below * grid.below[:, part]
+            product = (above * grid.scale[:, part] + below * grid.below[:, part]).mul_(scale[:, group])
+        elif len(grid.scale) == 1:
+            product = product * (grid.scale[:, part] * scale[:, group])
         else:
-            zero = None if grid.zero is None else grid.zero[:, part]
-            other = None if weight.zero_point is None else weight.zero_point[:, group]
-            product = _without_zeros(product, left, right, zero, other) * grid.scale[:, part]
-        product = product * scale[:, group]
+            product = (product * grid.scale[:, part]).mul_(scale[:, group])
         out = product if out is None else out.add_(product)
     assert out is not None
     return out
@@ -228,7 +231,7 @@ class SegmentLinear(nn.Module):
         out = [part(rows, real=self.real) for part in self.products()]
         joined = out[0] if len(out) == 1 else torch.cat(out, dim=1)
         if self.bias is not None:
-            joined = joined + self.bias
+            joined.add_(self.bias)
         return joined.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def products(self) -> list[SegmentProduct]:

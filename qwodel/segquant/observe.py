@@ -78,6 +78,10 @@ class RowSampler:
         step = max(len(rows) // self._each, 1)
         self._kept.append(rows[::step][: self._each].detach().to(torch.float32, copy=True))
 
+    def live_bytes(self) -> int:
+        """Bytes of the rows that are kept."""
+        return sum(rows.numel() * rows.element_size() for rows in self._kept)
+
     def result(self) -> LayerInputs:
         """The sample; every fourth batch, or of fewer batches every fourth row, is held out.
 
