@@ -181,7 +181,9 @@ def main() -> None:
         report(name, "none", expected, paths(quant, held_out, options.steps), seconds)
         for kind in AFFINERS:
             started = time.perf_counter()
-            affiner = load_affiner({"type": kind, "config": {"max_timestep": options.steps}}, lessons, real, quant)
+            affiner = load_affiner(
+                {"type": kind, "config": {"max_timestep": options.steps}}, lessons, real, quant
+            )
             seconds = time.perf_counter() - started
             with affiner.attach(quant):
                 report("", kind, expected, paths(quant, held_out, options.steps), seconds)

@@ -20,7 +20,7 @@ from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.scales import Quantized, quantize
 from qwodel.exceptions import ConfigurationError, ValidationError
 
-__all__ = ["Activations", "Int8Linear", "int_mm_works"]
+__all__ = ["Activations", "Int8Linear", "int8_product", "int_mm_works"]
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +162,7 @@ class Int8Linear(nn.Module):
         codes, scale = self._round(rows)
         if self.exact is None:
             self.exact = int_mm_works(codes.device.type, codes.device.index)
-        if self.exact:
-            product = _multiply(codes, self.weight).float()
-        else:
-            product = codes.float() @ self.weight.float().T
+        product = int8_product(codes, self.weight, exact=self.exact).float()
         out = product.mul_(scale).mul_(self.weight_scale.T)
         if self.bias is not None:
             out.add_(self.bias)
@@ -197,9 +194,23 @@ class Int8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, activations={self.activations}{rotated}"
 
 
+def int8_product(codes: torch.Tensor, weight: torch.Tensor, *, exact: bool | None = None) -> torch.Tensor:
+    """``codes @ weightᵀ`` of int8 ``[T, N]`` and ``[M, N]``: int32, or fp32 where integers do not multiply.
+
+    Args:
+        exact: multiply integers; tried once a device where ``None``.
+    """
+    if exact is None:
+        exact = int_mm_works(codes.device.type, codes.device.index)
+    return _multiply(codes, weight) if exact else codes.float() @ weight.float().T
+
+
 def _multiply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``codes @ weightᵀ`` in int32, padded to the shapes that CUDA's operator takes."""
     if codes.device.type != "cuda":
+        if codes.shape[1] == 1:
+            # The operator takes the transpose of a single column for what it is not, and computes nonsense.
+            codes, weight = nn.functional.pad(codes, (0, 1)), nn.functional.pad(weight, (0, 1))
         return torch._int_mm(codes, weight.t())  # noqa: SLF001  (the public name of this operator)
     rows, columns, outputs = codes.shape[0], codes.shape[1], weight.shape[0]
     more = max(_CUDA_ROWS - rows, 0), -columns % _CUDA_MULTIPLE, -outputs % _CUDA_MULTIPLE

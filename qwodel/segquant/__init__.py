@@ -1,7 +1,4 @@
-"""SegQuant: diffusion models quantized along the seams of their graph.
-
-Names are imported on first use.
-"""
+"""SegQuant: diffusion models quantized along the seams of their graph, https://arxiv.org/abs/2507.14811."""
 
 from __future__ import annotations
 
@@ -19,8 +16,11 @@ if TYPE_CHECKING:
         load_affiner,
     )
     from qwodel.segquant.calibration_set import BaseCalibSet, load_calibrate_set
+    from qwodel.segquant.config import Calibrate, DType, Optimum, default_quantize_config
+    from qwodel.segquant.quantize import LayerReport, QuantizationReport, quantize, quantize_model
     from qwodel.segquant.recording import generate_calibrate_set
     from qwodel.segquant.samplers import AllSampler, NormalSampler, Sampler, TimestepSampler, UniformSampler
+    from qwodel.segquant.storage import load_quantized, save_quantized
 
 __all__ = [
     "Affiner",
@@ -28,40 +28,48 @@ __all__ = [
     "AllSampler",
     "BaseCalibSet",
     "BlockwiseAffiner",
+    "Calibrate",
+    "DType",
+    "LayerReport",
     "NormalSampler",
+    "Optimum",
     "PTQDAffiner",
+    "QuantizationReport",
     "Sampler",
     "SegPattern",
     "TACAffiner",
     "TimestepSampler",
     "UniformSampler",
     "attach_affiner",
+    "default_quantize_config",
     "generate_calibrate_set",
     "load_affiner",
     "load_calibrate_set",
+    "load_quantized",
+    "quantize",
+    "quantize_model",
+    "save_quantized",
 ]
 
-_AFFINERS = (
-    "Affiner",
-    "AffinerProtocol",
-    "BlockwiseAffiner",
-    "PTQDAffiner",
-    "TACAffiner",
-    "attach_affiner",
-    "load_affiner",
-)
-_HOME = {
-    **dict.fromkeys(_AFFINERS, "qwodel.segquant.affiner"),
-    "AllSampler": "qwodel.segquant.samplers",
-    "BaseCalibSet": "qwodel.segquant.calibration_set",
-    "NormalSampler": "qwodel.segquant.samplers",
-    "Sampler": "qwodel.segquant.samplers",
-    "SegPattern": "qwodel.modeling.patterns",
-    "TimestepSampler": "qwodel.segquant.samplers",
-    "UniformSampler": "qwodel.segquant.samplers",
-    "generate_calibrate_set": "qwodel.segquant.recording",
-    "load_calibrate_set": "qwodel.segquant.calibration_set",
+_MEMBERS = {
+    "modeling.patterns": ("SegPattern",),
+    "segquant.affiner": (
+        "Affiner",
+        "AffinerProtocol",
+        "BlockwiseAffiner",
+        "PTQDAffiner",
+        "TACAffiner",
+        "attach_affiner",
+        "load_affiner",
+    ),
+    "segquant.calibration_set": ("BaseCalibSet", "load_calibrate_set"),
+    "segquant.config": ("Calibrate", "DType", "Optimum", "default_quantize_config"),
+    "segquant.quantize": ("LayerReport", "QuantizationReport", "quantize", "quantize_model"),
+    "segquant.recording": ("generate_calibrate_set",),
+    "segquant.samplers": ("AllSampler", "NormalSampler", "Sampler", "TimestepSampler", "UniformSampler"),
+    "segquant.storage": ("load_quantized", "save_quantized"),
 }
+_HOME = {name: home for home, names in _MEMBERS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -69,4 +77,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'qwodel.segquant' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(f"qwodel.{_HOME[name]}"), name)
+    # The import has bound the submodule's name, which for some is also the function's.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
