@@ -106,9 +106,11 @@ def test_held_out_trajectories_come_nearer(
 
 
 def _identities() -> tuple[Sampling, Sampling]:
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
     class Identity(nn.Module):
         def forward(self, sample: torch.Tensor, timestep: Any) -> Any:
-            return diffusers.models.unets.unet_2d.UNet2DOutput(sample=sample)
+            return UNet2DOutput(sample=sample)
 
     return Sampling(Identity()), Sampling(Identity())
 
