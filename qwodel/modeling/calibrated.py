@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,7 +78,14 @@ class CalibrationOptions:
 
 
 def find_codes(
-    plan: Plan, folder: Path, calibration: CalibrationOptions, method: DataAware, progress: Progress
+    plan: Plan,
+    folder: Path,
+    calibration: CalibrationOptions,
+    method: DataAware,
+    progress: Progress,
+    *,
+    batches: Sequence[Mapping[str, Any]] | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> tuple[Plan, dict[str, RoundingReport]]:
     """Run the plan's model on calibration text and find the codes of every weight that waits for them.
 
@@ -88,6 +95,8 @@ def find_codes(
         calibration: the text.
         method: how codes are chosen.
         progress: its stage ``calibrate`` advances.
+        batches: what the model is called with, where the text was cut into tokens before.
+        prepare: is given the model before it runs, to hook what its reader does with inputs.
 
     Returns:
         the plan with the place of its codes filled in, and how each layer's were found.
@@ -109,7 +118,10 @@ def find_codes(
     widest = max(each.source.shape[1] for each in plan.tensors if isinstance(each.rounding, FromStore))
     with UnifiedSafetensorsLoader(plan.source, low_memory=True) as reader:
         lazy = _open(plan, reader, torch.device(calibration.device))
-        batches = list(calibration_batches(plan.source, lazy.model.config, calibration, widest))
+        if batches is None:
+            batches = list(calibration_batches(plan.source, lazy.model.config, calibration, widest))
+        if prepare is not None:
+            prepare(lazy.model)
 
         def solve(
             weights: Sequence[torch.Tensor], task: StorageFormat, statistics: InputStatistics | None
