@@ -43,6 +43,7 @@ __all__ = [
     "collect_from_checkpoint",
     "find_codes",
     "load_tokenizer",
+    "open_checkpoint",
 ]
 
 log = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def collect_from_checkpoint(
         disk_errors(f"collecting statistics for {path}"),
     ):
         progress.stage("calibrate", "reading the calibration text")
-        lazy = _open_source(Path(folder), reader, torch.device(calibration.device))
+        lazy = open_checkpoint(Path(folder), reader, device=calibration.device)
         blocks = ModelBlocks.of(lazy)
         widest = max(
             (each.in_features for each in lazy.model.modules() if isinstance(each, nn.Linear)), default=1
@@ -183,7 +184,25 @@ def collect_from_checkpoint(
     return path
 
 
-def _open_source(folder: Path, reader: UnifiedSafetensorsLoader, device: torch.device) -> LazyModel:
+def open_checkpoint(
+    folder: Path,
+    reader: UnifiedSafetensorsLoader,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> LazyModel:
+    """A model directory as a lazy model of the numbers its tensors stand for, codes decoded.
+
+    Args:
+        folder: the model directory.
+        reader: its open checkpoint, which must stay open.
+        dtype: to compute in; fp32 where most tensors are, else bf16.
+        device: where loaded parts live.
+
+    Raises:
+        ValidationError: it is quantized in a way that is not understood.
+        ConfigurationError: transformers does not know the architecture.
+    """
     config = config_of(folder)
     tensors = {each.name: each for each in resolve_sources(reader, config).tensors}
 
@@ -194,7 +213,8 @@ def _open_source(folder: Path, reader: UnifiedSafetensorsLoader, device: torch.d
         return reader.get_tensor(source.stored[0])
 
     wide = sum(each.dtype in ("F32", "F64") for each in tensors.values()) * 2 > len(tensors)
-    return open_lazily(config, tensors, read, dtype=torch.float32 if wide else torch.bfloat16, device=device)
+    dtype = dtype or (torch.float32 if wide else torch.bfloat16)
+    return open_lazily(config, tensors, read, dtype=dtype, device=device)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from qwodel.checkpoint.transformers_layout import TransformersLayout, config_byt
 from qwodel.checkpoint.verify import LayerQuality, verify
 from qwodel.modeling.calibrated import calibration_batches, find_codes
 from qwodel.modeling.lazy_model import config_of
+from qwodel.modeling.recorder import is_fused_experts
 from qwodel.modules.int8_linear import Activations
 from qwodel.progress import Progress
 from qwodel.smoothquant.calibration import calibrate, load_activation_scales
@@ -43,6 +44,7 @@ from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import quantizable_layers
 from qwodel.smoothquant.smooth import Smoothed, smooth_model
 from qwodel.smoothquant.smoothed_checkpoint import load_float, name_of, refuse_conv1d, save_smoothed
+from qwodel.smoothquant.stacked_experts import EXPERT_WEIGHTS, stacked_experts
 
 __all__ = ["Exported", "export_w8a8", "report_of"]
 
@@ -130,16 +132,16 @@ def _export(
         scales = _input_scales(model, batches) if options.activations == "static" else {}
         folder = scratch / "smoothed"
         save_smoothed(model, source, folder, config)
-        plan = _plan(model, folder, scales, options)
-        plan, reports = _with_codes(plan, scratch / "codes", batches, options, progress)
-        target.mkdir()
-        conversion = convert(plan, target, executor=executor_for(torch.device("cpu"), 1), progress=progress)
-        quality = verify(conversion, executor=make_executor(1), progress=progress)
-        if scheme.rotate_inputs:
-            _describe_as_ours(target, plan, scheme)
-        expected = simulate_saved(model, target, plan, scheme, scales, config, probe)
-    compared = {"float": relative_error(expected["int8"], original)}
+    plan = _plan(model, folder, scales, options)
     del model
+    plan, reports = _with_codes(plan, scratch / "codes", batches, options, progress)
+    target.mkdir()
+    conversion = convert(plan, target, executor=executor_for(torch.device("cpu"), 1), progress=progress)
+    quality = verify(conversion, executor=make_executor(1), progress=progress)
+    expected = simulate_saved(target, plan, scheme, scales, probe)
+    if scheme.rotate_inputs:
+        _describe_as_ours(target, plan, scheme)
+    compared = {"float": relative_error(expected["int8"], original)}
     logits = {**compared, **read_back(target, scheme, probe, expected)}
     return Exported(plan, quality, smoothed, logits, reports)
 
@@ -191,11 +193,18 @@ def _plan(model: Any, folder: Path, scales: Mapping[str, float], options: Export
         ),
         max_shard_size=options.max_shard_size,
     )
-    if options.activations == "static":
-        layout = TransformersLayout("static", {f"{name}.weight": scale for name, scale in scales.items()})
-    else:
-        layout = TransformersLayout("dynamic")
+    inputs = {f"{name}.weight": scale for name, scale in scales.items()}
+    layout = TransformersLayout(options.activations, inputs, packed_experts=_experts_pack(model))
     return build_plan(folder, recipe, layout)
+
+
+def _experts_pack(model: nn.Module) -> bool:
+    """Whether all stacked experts can be INT8, four codes to an int32."""
+    taken = stacked_experts(model)
+    all_taken = len(taken) == sum(is_fused_experts(module) for module in model.modules())
+    return all_taken and not any(
+        getattr(experts, name).shape[-1] % 4 for experts in taken.values() for name in EXPERT_WEIGHTS
+    )
 
 
 def _with_codes(
@@ -227,7 +236,11 @@ def _describe_as_ours(target: Path, plan: Plan, scheme: Scheme) -> None:
     activations: Activations = "token" if scheme.activations == "token" else "static"
     shapes = {each.name.removesuffix(".weight"): each.source.shape for each in plan.tensors}
     config["quantization_config"] = quantization_config(
-        {name: (activations, scheme.rotation(shapes[name][1]) or 0) for name in quantized_layers(plan)}
+        {
+            name: (activations, scheme.rotation(shapes[name][1]) or 0)
+            for name in quantized_layers(plan)
+            if ".experts." not in name
+        }
     )
     (target / "config.json").write_bytes(config_bytes(config))
 

@@ -12,8 +12,11 @@ import torch
 
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.plan import Plan
+from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.transformers_layout import TransformersLayout
 from qwodel.exceptions import IntegrityError
-from qwodel.smoothquant.int8_loading import checkpoint_dtype
+from qwodel.modeling.calibrated import open_checkpoint
+from qwodel.smoothquant.input_rotation import rotate_inputs
 from qwodel.smoothquant.int8_model import Int8ForCausalLM
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import fake_quantized, quantizable_layers
@@ -35,40 +38,32 @@ def quantized_layers(plan: Plan) -> list[str]:
 
 
 def simulate_saved(
-    model: Any,
-    target: Path,
-    plan: Plan,
-    scheme: Scheme,
-    scales: Mapping[str, float],
-    config: Mapping[str, Any],
-    probe: torch.Tensor,
+    target: Path, plan: Plan, scheme: Scheme, scales: Mapping[str, float], probe: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Logits of the fp32 model with the saved codes' values as weights, and inputs rounded as readers do."""
-    from safetensors import safe_open
-
-    names, dtype = set(quantized_layers(plan)), checkpoint_dtype(config)
-    decoded: dict[str, torch.Tensor] = {}
-    for file in plan.files:
-        with safe_open(target / file.name, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (not a dictionary)
-                if (stem := key.removesuffix(".weight")) in names and key != stem:
-                    decoded[stem] = opened.get_tensor(key)
-    for file in plan.files:
-        with safe_open(target / file.name, framework="pt") as opened:
-            for stem in names & {key.removesuffix(".weight_scale") for key in opened.keys()}:  # noqa: SIM118
-                decoded[stem] = decoded[stem].float() * opened.get_tensor(f"{stem}.weight_scale")
-    for name, parameter in model.named_parameters():
-        stem = name.removesuffix(".weight")
-        parameter.data = decoded[stem] if stem in decoded else parameter.data.to(dtype).float()
+    """Logits of an fp32 model of what the saved codes stand for, with inputs rounded as readers do."""
+    with UnifiedSafetensorsLoader(target, low_memory=True) as reader:
+        lazy = open_checkpoint(target, reader, dtype=torch.float32)
+        lazy.load(lazy.model, "")
+    model = lazy.model
+    model.tie_weights()
+    names = set(quantized_layers(plan))
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in names}
-    # Codes are on the grid already; the rotation of inputs is the model's own hook.
+    rotate_inputs(model, scheme)
+    # Codes are on the grid already, and the rotation of inputs is the model's own.
     plain = replace(scheme, rotate_inputs=0)
+    has_experts = isinstance(plan.layout, TransformersLayout) and plan.layout.packed_experts
     found = {}
-    for reader, steps in _TOKEN_STEPS.items():
+    for reader_name, steps in _TOKEN_STEPS.items():
         with fake_quantized(
-            model, plain, input_scales=scales or None, layers=layers, weights=False, token_steps=steps
+            model,
+            plain,
+            input_scales=scales or None,
+            layers=layers,
+            weights=False,
+            token_steps=steps,
+            experts=reader_name == "int8" and has_experts,
         ):
-            found[reader] = logits_of(model, probe)
+            found[reader_name] = logits_of(model, probe)
     return found
 
 

@@ -14,11 +14,18 @@ from qwodel.checkpoint.model_directory import ModelDirectory
 from qwodel.exceptions import ConversionError, ValidationError
 from qwodel.smoothquant.int8_loading import checkpoint_dtype
 from qwodel.smoothquant.simulate import quantizable_layers
+from qwodel.smoothquant.stacked_experts import EXPERT_WEIGHTS, stacked_experts
 
 __all__ = ["load_float", "name_of", "refuse_conv1d", "save_smoothed"]
 
 
 def load_float(source: Path, config: Mapping[str, Any]) -> Any:
+    """A causal language model in fp32.
+
+    Raises:
+        ValidationError: it is quantized already, or ``unsupported model architecture …``.
+        ConversionError: transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM
 
     if config.get("quantization_config"):
@@ -42,6 +49,7 @@ def load_float(source: Path, config: Mapping[str, Any]) -> Any:
 
 
 def refuse_conv1d(model: nn.Module) -> None:
+    """Raise a :class:`ValidationError` where transposed layers stand, which no reader would take."""
     if any(type(each).__name__ == "Conv1D" for each in quantizable_layers(model).values()):
         raise ValidationError(
             f"unsupported model architecture {type(model).__name__} for compressed-tensors, which knows no Conv1D",
@@ -52,6 +60,7 @@ def refuse_conv1d(model: nn.Module) -> None:
 def save_smoothed(model: Any, source: Path, folder: Path, config: Mapping[str, Any]) -> None:
     """Write the smoothed model: what will be quantized in fp32, the rest in the source's dtype."""
     dtype, keep = checkpoint_dtype(config), {f"{name}.weight" for name in quantizable_layers(model)}
+    keep |= {f"{name}.{weight}" for name in stacked_experts(model) for weight in EXPERT_WEIGHTS}
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     state = {
@@ -67,4 +76,5 @@ def save_smoothed(model: Any, source: Path, folder: Path, config: Mapping[str, A
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The name of a module, or nothing."""
     return next((name for name, module in model.named_modules() if module is wanted), "")
