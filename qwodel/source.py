@@ -1,9 +1,9 @@
 """What was given: a local checkpoint, described from its headers alone.
 
-:func:`inspect_source` accepts a Hugging Face directory (safetensors or ``.bin``),
-a single ``.safetensors``, ``.gguf``, ``.pt``, ``.pth`` or ``.pt2`` file, and answers in
-milliseconds: only headers, indexes and ``config.json`` are read. Hub ids are
-:mod:`qwodel.hub`'s, which downloads them to a directory first.
+:func:`inspect_source` accepts a Hugging Face directory (safetensors or ``.bin``), that of a diffusers
+pipeline (its denoiser is what is described), a single ``.safetensors``, ``.gguf``, ``.pt``, ``.pth`` or
+``.pt2`` file, and answers in milliseconds: only headers, indexes and ``config.json`` are read. Hub ids
+are :mod:`qwodel.hub`'s, which downloads them to a directory first.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = ["INPUT_FORMATS", "ModelSource", "TensorInfo", "inspect_source", "read
 
 INPUT_FORMATS: Mapping[str, str] = {
     "huggingface": "a Hugging Face model directory",
+    "diffusers": "a directory of a diffusers pipeline",
     "safetensors": "a single .safetensors file",
     "gguf": "a .gguf file",
     "pytorch": "a .pt, .pth or .bin file",
@@ -43,6 +44,7 @@ _FILE_FORMATS = {
     ".bin": "pytorch",
     ".pt2": "exported",
 }
+_DENOISERS = ("transformer", "unet", "prior")
 _PROGRAMS = frozenset({"torchscript", "exported"})
 
 
@@ -120,8 +122,11 @@ def inspect_source(
         raise ValidationError(
             f"{path} does not exist", hint="give a model directory, a model file or a hub id (owner/name)"
         )
-    kind, files = _find_weights(path)
-    config = read_config(path) if path.is_dir() else {}
+    denoiser = _denoiser(path)
+    kind, files = _find_weights(denoiser or path)
+    if denoiser is not None:
+        kind = "diffusers"
+    config = read_config(denoiser or path) if path.is_dir() else {}
     if kind in _PROGRAMS:
         facts = _describe_program()
     else:
@@ -156,6 +161,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValidationError(f"{file} holds no JSON object")
     return config
+
+
+def _denoiser(path: Path) -> Path | None:
+    """Return the folder of the model that a diffusers pipeline samples with, or ``None`` for anything else."""
+    if not (path / "model_index.json").is_file():
+        return None
+    return next((path / name for name in _DENOISERS if (path / name).is_dir()), None)
 
 
 def _find_weights(path: Path) -> tuple[str, list[Path]]:
@@ -235,10 +247,10 @@ def _describe_tensors(files: list[Path], config: Mapping[str, Any]) -> dict[str,
                 shared.add((file.name, storage))
             parameters += numel
             dtypes[dtype] += numel
-    architectures = config.get("architectures")
+    architectures = config.get("architectures") or [config.get("_class_name")]
     return {
         "tensors": tensors,
-        "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
+        "architecture": architectures[0] if isinstance(architectures, list) else None,
         "parameters": parameters,
         "dtypes": dict(dtypes.most_common()),
         "tied_embeddings": _tied(tensors, config),

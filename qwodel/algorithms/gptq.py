@@ -54,8 +54,8 @@ class GptqOptions:
         damping: λ as a share of the Gram matrix's mean diagonal; raised tenfold, up to 1, while the
             matrix cannot be factored.
         act_order: the columns with the largest inputs first.
-        segments: parts in which the inverse factor is made; more of them need less memory. The codes
-            do not depend on it.
+        segments: parts in which the inverse factor is made; more of them need less memory, and less
+            work, as U is triangular. The codes do not depend on it.
         segment_from: input channels from which it is made in parts.
         lazy: update later columns once a block; ``False`` updates them after every column.
         scale: ``"search"`` looks for the scales of least error in the norm of the Gram matrix's
@@ -64,11 +64,11 @@ class GptqOptions:
             row, group or block, whose outliers are dear, and search for all others.
     """
 
-    block_size: int = 128
+    block_size: int = 32
     damping: float = DEFAULT_DAMPING
     act_order: bool = True
     lazy: bool = True
-    segments: int = 1
+    segments: int = 4
     segment_from: int = 0
     scale: Literal["auto", "search", "absmax"] = "auto"
 
@@ -225,9 +225,10 @@ class InverseFactor:
         """``U[start:stop, start:]``: rows of L⁻¹ solve x L = e, and are zero beyond their own index."""
         size = len(self.order) - start
         unit = torch.zeros(stop - start, size, dtype=self.lower.dtype, device=self.lower.device)
-        unit.diagonal().fill_(1)
+        index = torch.arange(stop - start, device=unit.device)
+        unit[index, size - (stop - start) + index] = 1
         corner = self.lower[:size, :size]
-        rows: torch.Tensor = torch.linalg.solve_triangular(corner, unit.flip(0, 1), upper=False, left=False)
+        rows: torch.Tensor = torch.linalg.solve_triangular(corner, unit, upper=False, left=False)
         return rows.flip(0, 1)
 
 
@@ -242,7 +243,7 @@ def factorize(gram: torch.Tensor, options: GptqOptions) -> InverseFactor | float
     if options.act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     backwards = order.flip(0)
-    work = gram[backwards][:, backwards].double()
+    work = gram.double()[backwards[:, None], backwards]
     mean = float(diagonal.double().mean()) or 1.0
     work.diagonal()[work.diagonal() == 0] = mean
     damping, added = options.damping, 0.0

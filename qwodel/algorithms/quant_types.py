@@ -17,7 +17,10 @@ from qwodel.exceptions import ConfigurationError, ValidationError, did_you_mean
 __all__ = [
     "FP8_E4M3",
     "FP8_E5M2",
+    "INT4",
+    "INT6",
     "INT8",
+    "INT16",
     "QUANT_TYPES",
     "ROW",
     "TENSOR",
@@ -62,6 +65,10 @@ class QuantType:
 INT8 = QuantType("int8", 8, torch.int8, -127, 127)
 """Symmetric int8; −128 is never used, so that negation is exact."""
 
+INT4 = QuantType("int4", 4, torch.int8, -7, 7)
+INT6 = QuantType("int6", 6, torch.int8, -31, 31)
+INT16 = QuantType("int16", 16, torch.int16, -32767, 32767)
+
 FP8_E4M3 = QuantType(
     "float8_e4m3fn", 8, torch.float8_e4m3fn, -448, 448, is_float=True, mantissa_bits=3, min_exponent=-6
 )
@@ -73,7 +80,7 @@ FP8_E5M2 = QuantType(
 """OCP FP8 E5M2; its infinities are never produced."""
 
 QUANT_TYPES = {q.name: q for q in (INT8, FP8_E4M3, FP8_E5M2)}
-"""Every type by name."""
+"""What checkpoints are converted to, by name; INT4, INT6 and INT16 are for modules that compute with them."""
 
 
 def quant_type(which: str | torch.dtype) -> QuantType:

@@ -42,7 +42,7 @@ _BUILTIN: Mapping[str, _Builtin] = {
         {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "sentencepiece": "sentencepiece", **_TRANSFORMERS},
     ),
     "int8": _Builtin("qwodel.backends.int8:INT8Quantizer", "int8", _TORCH),
-    "segquant": _Builtin("qwodel.backends.segquant:SegQuantQuantizer", "segquant", _TORCH),
+    "segquant": _Builtin("qwodel.backends.segquant:SegQuantQuantizer", "segquant", {"diffusers": "diffusers", **_TORCH}),
     "smoothquant": _Builtin("qwodel.backends.smoothquant:SmoothQuantQuantizer", "smoothquant", _TRANSFORMERS),
 }  # fmt: skip
 

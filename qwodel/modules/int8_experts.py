@@ -15,7 +15,7 @@ from torch import nn
 
 from qwodel.algorithms.quant_types import INT8, ROW
 from qwodel.algorithms.scales import quantize
-from qwodel.modules.int8_product import Rounded, int_mm_works, multiply, rescale, round_rows
+from qwodel.modules.int8_arithmetic import Rounded, int_mm_works, multiply, rescale, round_rows
 
 __all__ = ["Int8Experts", "Product", "gate_of", "run_experts"]
 
@@ -136,7 +136,11 @@ class Int8Experts(nn.Module):
 
     def _product(self, name: str, expert: int, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
         weight, scale = getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert]
-        product = multiply(rounded.codes, weight) if self.exact else rounded.codes.float() @ weight.float().T
+        product = (
+            multiply(rounded.codes, weight, keep=False)
+            if self.exact
+            else rounded.codes.float() @ weight.float().T
+        )
         return rescale(product, rounded.scale, scale.T, None, dtype)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from qwodel.algorithms.hadamard import convrot_matrix, convrot_weight
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.scales import Quantized, quantize
 from qwodel.exceptions import ConfigurationError, ValidationError
-from qwodel.modules.int8_product import (
+from qwodel.modules.int8_arithmetic import (
     Rounded,
     int_mm_works,
     multiply,
@@ -187,7 +187,7 @@ class Int8Linear(nn.Module):
 
     def _product(self, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
         if self.exact:
-            product = multiply(rounded.codes, self.weight)
+            product = multiply(rounded.codes, self.weight, keep=False)
         else:
             product = rounded.codes.float() @ self.weight.float().T
         return rescale(product, rounded.scale, self.weight_scale.T, self.bias, dtype)

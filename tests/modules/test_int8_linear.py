@@ -12,9 +12,9 @@ from qwodel.algorithms.hadamard import convrot_matrix
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.scales import quantize
 from qwodel.exceptions import ConfigurationError
-from qwodel.modules import int8_linear, int8_product
+from qwodel.modules import int8_arithmetic, int8_linear
+from qwodel.modules.int8_arithmetic import int_mm_works, multiply
 from qwodel.modules.int8_linear import Int8Linear
-from qwodel.modules.int8_product import int_mm_works, multiply
 
 
 def _linear(bias: bool = True) -> nn.Linear:
@@ -97,8 +97,10 @@ def test_a_wrong_product_is_found_and_replaced(monkeypatch: pytest.MonkeyPatch) 
     expected = layer(x)
     wrong = Int8Linear.from_float(_linear())
     int_mm_works.cache_clear()
-    for module in (int8_linear, int8_product):
-        monkeypatch.setattr(module, "multiply", lambda codes, weight: multiply(codes, weight) + 1)
+    for module in (int8_linear, int8_arithmetic):
+        monkeypatch.setattr(
+            module, "multiply", lambda codes, weight, **keep: multiply(codes, weight, **keep) + 1
+        )
     try:
         found = wrong(x)
     finally:
@@ -108,11 +110,11 @@ def test_a_wrong_product_is_found_and_replaced(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_missing_operator_is_found_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def absent(codes: torch.Tensor, weight: torch.Tensor, **keep: bool) -> torch.Tensor:
         raise NotImplementedError("no _int_mm here")
 
     int_mm_works.cache_clear()
-    monkeypatch.setattr(int8_product, "multiply", absent)
+    monkeypatch.setattr(int8_arithmetic, "multiply", absent)
     try:
         assert not int_mm_works("cpu")
     finally:
@@ -138,7 +140,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counting(rows: torch.Tensor, scale: torch.Tensor | None = None) -> Any:
         rounded.append(len(rows))
-        return int8_product.round_rows(rows, scale)
+        return int8_arithmetic.round_rows(rows, scale)
 
     monkeypatch.setattr(int8_linear, "round_rows", counting)
     return rounded
@@ -177,9 +179,9 @@ def test_long_inputs_are_taken_in_parts(activations: Any, monkeypatch: pytest.Mo
     layer = Int8Linear.from_float(_linear(), activations=activations, input_scale=scale, rotation=16)
     x = torch.randn(70, 48) * torch.linspace(0.1, 9, 70)[:, None]
     whole = layer(x)
-    monkeypatch.setattr(int8_product, "_AT_ONCE", 48 * 64)
-    monkeypatch.setattr(int8_product, "_IN_CACHE", 48 * 5)
-    monkeypatch.setattr(int8_product, "_SMALL", 0)
+    monkeypatch.setattr(int8_arithmetic, "_AT_ONCE", 48 * 64)
+    monkeypatch.setattr(int8_arithmetic, "_IN_CACHE", 48 * 5)
+    monkeypatch.setattr(int8_arithmetic, "_SMALL", 0)
     rounded = _counted(monkeypatch)
     assert torch.equal(layer(x.clone()), whole)
     assert rounded == [64, 6]

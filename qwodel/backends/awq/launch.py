@@ -108,10 +108,14 @@ def _supervise(nproc: int, folder: Path, report: Report) -> None:
             env=environment, start_new_session=True,
         )  # fmt: skip
         try:
-            place, last = 0, (0.0, 1.0, f"starting {nproc} processes")
-            while process.poll() is None:
-                place, last = _forward(folder / "events.jsonl", place, last, report)
-                time.sleep(_POLL_SECONDS)
+            report(0.0, 1.0, f"starting {nproc} processes")
+            place, running = 0, True
+            while running:
+                # Asked before reading, so that the last words of a process that just ended are read too.
+                running = process.poll() is None
+                place = _forward(folder / "events.jsonl", place, report)
+                if running:
+                    time.sleep(_POLL_SECONDS)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -126,9 +130,8 @@ def _supervise(nproc: int, folder: Path, report: Report) -> None:
         )
 
 
-def _forward(
-    file: Path, place: int, last: tuple[float, float, str], report: Report
-) -> tuple[int, tuple[float, float, str]]:
+def _forward(file: Path, place: int, report: Report) -> int:
+    """Report every whole line of ``file`` from byte ``place`` on; return where the next one starts."""
     if file.is_file():
         with file.open("rb") as stream:
             stream.seek(place)
@@ -136,10 +139,8 @@ def _forward(
                 if not line.endswith(b"\n"):
                     break
                 place += len(line)
-                done, total, message = json.loads(line)
-                last = (done, total, message)
-    report(*last)
-    return place, last
+                report(*json.loads(line))
+    return place
 
 
 def _write_request(work: Compression, folder: Path) -> None:

@@ -21,6 +21,7 @@ from qwodel.algorithms.quant_types import INT8
 
 __all__ = [
     "Rounded",
+    "int8_product",
     "int_mm_works",
     "multiply",
     "recall",
@@ -156,15 +157,32 @@ def rescale(
     return out
 
 
-def multiply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``codes @ weightᵀ`` in int32, padded to the shapes that CUDA's operator takes.
+def int8_product(codes: torch.Tensor, weight: torch.Tensor, *, exact: bool | None = None) -> torch.Tensor:
+    """``codes @ weightᵀ`` of int8 ``[T, N]`` and ``[M, N]``: int32, or fp32 where integers do not multiply.
 
-    On the CPU the result is valid until the thread multiplies again.
+    Args:
+        exact: multiply integers; tried once a device where ``None``.
+    """
+    if exact is None:
+        exact = int_mm_works(codes.device.type, codes.device.index)
+    return multiply(codes, weight) if exact else codes.float() @ weight.float().T
+
+
+def multiply(codes: torch.Tensor, weight: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
+    """``codes @ weightᵀ`` in int32, padded to the shapes that the operators take.
+
+    Args:
+        keep: ``False`` gives a result that is valid until the thread multiplies again.
     """
     rows, columns, outputs = codes.shape[0], codes.shape[1], weight.shape[0]
     if codes.device.type != "cuda":
+        if columns == 1:
+            # The operator takes the transpose of a single column for what it is not, and computes nonsense.
+            codes, weight = nn.functional.pad(codes, (0, 1)), nn.functional.pad(weight, (0, 1))
+        if keep:
+            return torch._int_mm(codes, weight.t())  # noqa: SLF001  (the public name of this operator)
         out = _scratch.take("int32", codes, torch.int32, rows, outputs)
-        return torch._int_mm(codes, weight.t(), out=out)  # noqa: SLF001  (the public name of this operator)
+        return torch._int_mm(codes, weight.t(), out=out)  # noqa: SLF001
     more = max(_CUDA_ROWS - rows, 0), -columns % _CUDA_MULTIPLE, -outputs % _CUDA_MULTIPLE
     if any(more):
         codes = nn.functional.pad(codes, (0, more[1], 0, more[0]))

@@ -1,0 +1,383 @@
+"""One linear layer: what divides its inputs, what its codes are, judged by the error of its outputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+
+from qwodel.algorithms.low_rank import low_rank
+from qwodel.algorithms.smoothing import smoothing_scales
+from qwodel.modeling.patterns import Patterns
+from qwodel.modules.input_rounding import InputRounding, input_grid
+from qwodel.modules.segment_linear import SegmentProduct
+from qwodel.segquant.config import Calibrate, LayerSettings, Optimum, Polarity
+from qwodel.segquant.observe import LayerInputs
+from qwodel.segquant.rounding import WeightCut, round_weight
+
+__all__ = ["Choice", "Problem", "Seams", "shared_smoothing", "solve"]
+
+_log = logging.getLogger(__name__)
+
+_LEAST_SCALE, _MOST_SCALE = 1e-4, 1e4
+_SEARCH_ROWS = 512
+_ASYMMETRY = 0.5
+"""One side's reach as a share of the other's, up to which two scales are worth trying."""
+_SPLIT_GAIN = 0.9
+"""What the error must fall to before each output segment gets a smoothing, and a product, of its own."""
+_RANK_SHARE = 4
+_CLIPS = tuple(1 - 0.05 * step for step in range(1, 15))
+
+
+@dataclass(frozen=True, slots=True)
+class Seams:
+    """Where the linear layers of a model are cut.
+
+    Attributes:
+        outputs, inputs: layer → sizes of the segments.
+        activated: layers that an activation function feeds.
+    """
+
+    outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    activated: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, patterns: Patterns | None) -> Self:
+        """Those that were found; none where ``None``."""
+        if patterns is None:
+            return cls()
+        return cls(patterns.output_segments(), patterns.input_segments(), frozenset(patterns.activations()))
+
+    def cut(self, name: str, weight: torch.Tensor) -> WeightCut:
+        """The segments of a weight ``[M, N]``; all of it where nothing was found."""
+        rows, columns = weight.shape
+        return WeightCut(self.outputs.get(name) or (rows,), self.inputs.get(name) or (columns,))
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A weight ``[M, N]`` and what it meets.
+
+    Attributes:
+        cut: segments of outputs and inputs.
+        activated: an activation function feeds the layer.
+        smoothing: what inputs are divided by and the α it came from, where that is settled already.
+        dtype: what a low-rank branch is stored in.
+    """
+
+    name: str
+    weight: torch.Tensor
+    inputs: LayerInputs
+    settings: LayerSettings
+    cut: WeightCut
+    activated: bool = False
+    smoothing: tuple[float | None, torch.Tensor | None] | None = None
+    dtype: torch.dtype = torch.float32
+
+    def rows(self, part: slice, height: int) -> Problem:
+        """The problem of some of the outputs."""
+        return replace(self, weight=self.weight[part], cut=WeightCut((height,), self.cut.inputs))
+
+
+@dataclass(eq=False)
+class Choice:
+    """A solved layer.
+
+    Attributes:
+        parts: products of consecutive outputs.
+        error: ‖ŷ − y‖² of held-out rows, of the signal's.
+        how: what was chosen, for people.
+        tried: plan → error, of all that was tried.
+    """
+
+    parts: list[SegmentProduct]
+    error: float
+    how: str
+    tried: dict[str, float] = field(default_factory=dict)
+
+
+def shared_smoothing(problem: Problem) -> tuple[float | None, torch.Tensor | None]:
+    """The smoothing of least error for layers that read the same, their weights stacked in one problem."""
+    search = _Search(problem)
+    plan = search.settle().plan
+    return plan.alpha, search.smoothing(plan.alpha)
+
+
+def solve(problem: Problem) -> Choice:
+    """The best product of a problem under its settings."""
+    search = _Search(problem)
+    whole = search.settle()
+    alone = problem.settings.opt.type is Optimum.DEFAULT or problem.smoothing is not None
+    if alone or len(problem.cut.outputs) == 1:
+        return search.refine(whole)
+    start, single = 0, []
+    for height in problem.cut.outputs:
+        single.append(_Search(problem.rows(slice(start, start + height), height)))
+        start += height
+    settled = [each.settle() for each in single]
+    if _together(single, [each.error for each in settled]) >= whole.error * _SPLIT_GAIN:
+        return search.refine(whole)
+    choices = [each.refine(made) for each, made in zip(single, settled, strict=True)]
+    parts = [part for each in choices for part in each.parts]
+    how = f"{len(parts)} parts: {'; '.join(each.how for each in choices)}"
+    return Choice(parts, _together(single, [each.error for each in choices]), how)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a product is made of, but for its numbers.
+
+    Attributes:
+        alpha: of the smoothing; ``None`` leaves inputs as they are.
+        sizes: columns with input scales of their own.
+        polarity: one input scale, two, or a zero point.
+        clip: input scales that may clip.
+        fitted: weight scales that may clip.
+        solved: codes by GPTQ.
+        rounds: how often the low-rank branch is fitted anew to what codes leave.
+    """
+
+    alpha: float | None
+    sizes: tuple[int, ...]
+    polarity: Polarity = Polarity.ONE
+    clip: bool = False
+    fitted: bool = False
+    solved: bool = False
+    rounds: int = 0
+
+    def __str__(self) -> str:
+        words = ["unsmoothed" if self.alpha is None else f"α={self.alpha:g}"]
+        words += [f"{len(self.sizes)} inputs"] if len(self.sizes) > 1 else []
+        words += [str(self.polarity)] if self.polarity is not Polarity.ONE else []
+        flags = {"clip": self.clip, "fitted": self.fitted, "gptq": self.solved}
+        words += [word for word, on in flags.items() if on]
+        return " ".join([*words, f"{self.rounds} rounds"] if self.rounds else words)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Made:
+    plan: _Plan
+    product: SegmentProduct
+    error: float
+
+
+class _Search:
+    """Tries plans for one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.opt, self.calib = problem.settings.opt, problem.settings.calib
+        self.sample = _thin(problem.inputs.rows, _SEARCH_ROWS)
+        self.tried: dict[str, float] = {}
+        self._targets: dict[int, torch.Tensor] = {}
+        self._branches: dict[float | None, _Branch] = {}
+        self._settled: dict[_Plan, _Made] = {}
+
+    def settle(self) -> _Made:
+        """Smoothing, cuts and dual scales of least error on a sample; codes to nearest."""
+        alphas = self._alphas()
+        best = self._least(self._shapes(alphas[0]))
+        if len(alphas) > 1:
+            # The shape that suits unsmoothed inputs is what α is searched with; then all shapes once more.
+            best = self._least([replace(best.plan, alpha=alpha) for alpha in alphas])
+            best = self._least(self._shapes(best.plan.alpha))
+        return best
+
+    def _least(self, plans: Sequence[_Plan]) -> _Made:
+        return min((self._made(plan) for plan in plans), key=lambda made: made.error)
+
+    def _made(self, plan: _Plan) -> _Made:
+        if plan not in self._settled:
+            self._settled[plan] = self._make(plan, self.sample)
+        return self._settled[plan]
+
+    def refine(self, settled: _Made) -> Choice:
+        """Scales, then codes, then the low-rank branch: each step where held-out rows gain by it."""
+        held = self.problem.inputs.held
+        best = replace(settled, error=self._error(settled.product, held))
+        for step in self._steps():
+            made = self._make(step(best.plan), held)
+            if made.error < best.error or not self.opt.keep_best:
+                best = made
+        if self.opt.type is Optimum.SVD:
+            best = self._alternate(best, held)
+        return Choice([best.product], best.error, str(best.plan), self.tried)
+
+    def smoothing(self, alpha: float | None) -> torch.Tensor | None:
+        """What inputs are divided by."""
+        if self.problem.smoothing is not None:
+            return self.problem.smoothing[1]
+        if alpha is None:
+            return None
+        scales = smoothing_scales(self.problem.inputs.peak, self.problem.weight, alpha)
+        return scales.clamp_(_LEAST_SCALE, _MOST_SCALE)
+
+    def energy(self) -> float:
+        """‖y‖² of the sample."""
+        return float(self._target(self.sample).square().sum())
+
+    def _alphas(self) -> list[float | None]:
+        if self.problem.smoothing is not None:
+            return [self.problem.smoothing[0]]
+        if self.opt.type is Optimum.DEFAULT:
+            return [None]
+        return [None, *self.opt.alphas()] if self.opt.keep_best else list(self.opt.alphas())
+
+    def _shapes(self, alpha: float | None) -> list[_Plan]:
+        """Every way to cut inputs and to treat their signs."""
+        sizes = self.problem.cut.inputs
+        whole = (sum(sizes),)
+        low, high = -float(self.problem.inputs.low.min()), float(self.problem.inputs.high.max())
+        asymmetric = self.problem.activated and min(low, high) <= _ASYMMETRY * max(low, high)
+        polarities = self.problem.settings.input_quant.polarities(asymmetric=asymmetric)
+        cuts = [whole, sizes] if sizes != whole else [whole]
+        return [_Plan(alpha, cut, polarity) for polarity in polarities for cut in cuts]
+
+    def _steps(self) -> Iterator[Callable[[_Plan], _Plan]]:
+        static = not self.problem.settings.input_quant.dynamic
+        coded = self.problem.settings.weight_quant.type.quant_type is not None
+        if self.calib.search_range:
+            if static and self.problem.settings.input_quant.type.quant_type is not None:
+                yield lambda plan: replace(plan, clip=True)
+            if coded:
+                yield lambda plan: replace(plan, fitted=True)
+        if self.calib.type is Calibrate.GPTQ:
+            yield lambda plan: replace(plan, solved=True)
+
+    def _alternate(self, best: _Made, held: torch.Tensor) -> _Made:
+        """Fit the branch to what codes leave, then codes to what the branch leaves, while that helps."""
+        branch = self._branch(best.plan.alpha)
+        exact = branch.gram(self.problem.inputs.fit)
+        made = best
+        for rounds in range(1, self.opt.iterations + 1):
+            codes = made.product.weight.values()
+            factors = low_rank(branch.weight - codes, branch.rank, exact, dtype=self._precision())
+            made = self._make(replace(made.plan, rounds=rounds), held, factors)
+            if made.error < best.error or not self.opt.keep_best:
+                best = made
+            elif rounds > 1:
+                break
+        return best
+
+    def _make(
+        self, plan: _Plan, rows: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> _Made:
+        settings = self.problem.settings
+        branch = self._branch(plan.alpha)
+        rounding = self._inputs(plan, branch)
+        metric = None
+        if plan.fitted or plan.solved:
+            fit = rounding(branch.smoothed(self.problem.inputs.fit))
+            metric = fit.T @ fit / len(fit)
+        factors = factors or branch.factors
+        left = branch.weight if factors is None else branch.weight - (factors[0] @ factors[1]).float()
+        codes = round_weight(
+            left, settings.weight_quant, self.calib, WeightCut(self.problem.cut.outputs, plan.sizes),
+            gram=metric, search=plan.fitted, solve=plan.solved,
+        )  # fmt: skip
+        up, down = (
+            (None, None)
+            if factors is None
+            else (each.to(self.problem.dtype).contiguous() for each in factors)
+        )
+        product = SegmentProduct(rounding, codes, smoothing=branch.smoothing, up=up, down=down)
+        error = self._error(product, rows)
+        self.tried[str(plan)] = error
+        return _Made(plan, product, error)
+
+    def _target(self, rows: torch.Tensor) -> torch.Tensor:
+        key = id(rows)
+        if key not in self._targets:
+            self._targets[key] = rows @ self.problem.weight.T
+        return self._targets[key]
+
+    def _error(self, product: SegmentProduct, rows: torch.Tensor) -> float:
+        target = self._target(rows)
+        return float((product(rows) - target).square().sum() / target.square().sum().clamp_min(1e-30))
+
+    def _precision(self) -> torch.dtype:
+        return torch.float64 if self.opt.precision == "float64" else torch.float32
+
+    def _branch(self, alpha: float | None) -> _Branch:
+        if alpha not in self._branches:
+            self._branches[alpha] = self._new_branch(alpha)
+        return self._branches[alpha]
+
+    def _new_branch(self, alpha: float | None) -> _Branch:
+        smoothing = self.smoothing(alpha)
+        weight = self.problem.weight if smoothing is None else self.problem.weight * smoothing
+        # A branch of full rank would be the layer itself in floating point.
+        rank = max(min(self.opt.low_rank, min(weight.shape) // _RANK_SHARE), 1)
+        svd = self.opt.type is Optimum.SVD
+        factors = low_rank(weight, rank, dtype=self._precision()) if svd else None
+        return _Branch(weight, smoothing, rank, factors)
+
+    def _inputs(self, plan: _Plan, branch: _Branch) -> InputRounding:
+        form = self.problem.settings.input_quant.form(plan.polarity)
+        rounding = InputRounding(form, plan.sizes, device=branch.weight.device)
+        if form.quant_type is None or form.dynamic:
+            return rounding
+        low = torch.split(branch.smoothed(self.problem.inputs.low), list(plan.sizes))
+        high = torch.split(branch.smoothed(self.problem.inputs.high), list(plan.sizes))
+        least = torch.stack([part.amin().clamp(max=0) for part in low])[None]
+        most = torch.stack([part.amax().clamp(min=0) for part in high])[None]
+        rounding.set_grid(input_grid(least, most, form))
+        if plan.clip:
+            rows = branch.smoothed(_thin(self.problem.inputs.fit, _SEARCH_ROWS))
+            _clip(rounding, least, most, rows, branch.weight.square().sum(dim=0))
+        return rounding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Branch:
+    """A weight after smoothing, and its low-rank branch."""
+
+    weight: torch.Tensor
+    smoothing: torch.Tensor | None
+    rank: int
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+
+    def smoothed(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.smoothing is None else rows / self.smoothing
+
+    def gram(self, rows: torch.Tensor) -> torch.Tensor:
+        fit = self.smoothed(rows)
+        return fit.T @ fit / len(fit)
+
+
+def _together(parts: Sequence[_Search], errors: Sequence[float]) -> float:
+    energies = [each.energy() for each in parts]
+    total = sum(error * energy for error, energy in zip(errors, energies, strict=True))
+    return total / max(sum(energies), 1e-30)
+
+
+def _clip(
+    rounding: InputRounding,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    rows: torch.Tensor,
+    importance: torch.Tensor,
+) -> None:
+    """Shrink each segment's range to that of least error, weighted by how much each channel matters."""
+    sizes = list(rounding.sizes)
+    best = torch.ones_like(low)
+    least: torch.Tensor | None = None
+    for ratio in (1.0, *_CLIPS):
+        rounding.set_grid(input_grid(low * ratio, high * ratio, rounding.form))
+        error = (rounding(rows) - rows).square().sum(dim=0) * importance
+        found = torch.stack([part.sum() for part in error.split(sizes)])[None]
+        if least is None:
+            least = found
+            continue
+        best = torch.where(found < least, ratio, best)
+        least = torch.minimum(found, least)
+    rounding.set_grid(input_grid(low * best, high * best, rounding.form))
+
+
+def _thin(rows: torch.Tensor, limit: int) -> torch.Tensor:
+    step = max(len(rows) // limit, 1)
+    return rows[::step][:limit]

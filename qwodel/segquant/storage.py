@@ -1,0 +1,345 @@
+"""Quantized modules in safetensors: tensors as they are, structure as JSON beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT4, INT6, INT8, INT16, QuantType
+from qwodel.exceptions import DependencyError, IntegrityError, ValidationError
+from qwodel.modules.input_rounding import InputFormat, InputRounding
+from qwodel.modules.quantized_conv import ConvGeometry, QuantizedConv
+from qwodel.modules.segment_linear import SegmentLinear, SegmentProduct
+from qwodel.modules.weight_codes import WeightCodes
+from qwodel.safetensors_files import checkpoint_files, read_header
+
+__all__ = ["FORMAT", "QUANT_METHOD", "load_quantized", "quantized_layers", "save_quantized", "structure_of"]
+
+QUANT_METHOD = "segquant"
+"""The ``quant_method`` of configurations: diffusers refuses it, rather than take codes for weights."""
+
+FORMAT = 1
+"""Version of the structure's JSON."""
+
+_KEY = "qwodel.segquant"
+_WEIGHTS = "diffusion_pytorch_model"
+_TYPES = {each.name: each for each in (INT4, INT6, INT8, INT16, FP8_E4M3, FP8_E5M2)}
+_SHARD = 10_000_000_000
+
+
+def quantized_layers(model: nn.Module) -> dict[str, SegmentLinear | QuantizedConv]:
+    """Name → layer, of those that were quantized."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SegmentLinear | QuantizedConv)
+    }
+
+
+def structure_of(model: nn.Module) -> dict[str, Any]:
+    """What the quantized layers are made of, for JSON: all but their tensors."""
+    layers = {name: _describe(layer) for name, layer in quantized_layers(model).items()}
+    return {"quant_method": QUANT_METHOD, "format": FORMAT, "layers": layers}
+
+
+def save_quantized(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int = _SHARD) -> Path:
+    """Write a quantized model.
+
+    Args:
+        path: a ``.safetensors`` file, which holds the structure in its metadata; or a directory, which
+            gets ``config.json`` and shards. Of a diffusers model the directory is all that
+            :func:`load_quantized` needs.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValidationError: nothing in the model is quantized.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    structure = structure_of(model)
+    if not structure["layers"]:
+        raise ValidationError("the model has no quantized layers", hint="quantize it first")
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_unshared(state), path, {_KEY: json.dumps(structure)})
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    config = dict(getattr(model, "config", None) or {})
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config |= {"_class_name": type(model).__name__, "quantization_config": structure}
+    (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", "utf-8")
+    save_torch_state_dict(
+        _unshared(state),
+        path,
+        filename_pattern=_WEIGHTS + "{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    return path
+
+
+def load_quantized(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device = "cpu"
+) -> Any:
+    """Read what :func:`save_quantized` or the segquant backend wrote.
+
+    Args:
+        path: a file, a model's directory, or a directory of a diffusers pipeline.
+        model: a model of the same architecture, whose layers and weights are replaced; not needed for
+            directories of diffusers models.
+
+    Returns:
+        the model, in evaluation mode; of a pipeline's directory the pipeline.
+
+    Raises:
+        ValidationError: the path holds no quantized model, or a model is needed.
+        IntegrityError: tensors are missing, left over or of other shapes.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        return _load_pipeline(path, device)
+    files, structure, config = _opened(path)
+    if model is None:
+        model = _empty(path, config)
+    return _fill(model, files, structure).to(device).eval()
+
+
+def _opened(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, Any]]:
+    config: dict[str, Any] = {}
+    if path.is_dir():
+        try:
+            config = json.loads((path / "config.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValidationError(f"{path} has no readable config.json: {error}") from error
+        structure, files = config.get("quantization_config") or {}, checkpoint_files(path)
+    elif path.is_file():
+        found = read_header(path).metadata.get(_KEY)
+        structure, files = json.loads(found) if found else {}, [path]
+    else:
+        raise ValidationError(f"{path} does not exist")
+    if structure.get("quant_method") != QUANT_METHOD:
+        raise ValidationError(
+            f"{path} holds no model quantized by segquant", hint="write it with save_quantized or -b segquant"
+        )
+    if structure.get("format") != FORMAT:
+        raise ValidationError(
+            f"{path} is of format {structure.get('format')}, and this release reads {FORMAT}",
+            hint="update qwodel",
+        )
+    return files, structure, config
+
+
+def _fill(model: nn.Module, files: list[Path], structure: Mapping[str, Any]) -> nn.Module:
+    from safetensors.torch import load_file
+
+    layers = dict(model.named_modules())
+    for name, described in structure["layers"].items():
+        if name not in layers:
+            raise ValidationError(
+                f"the model has no layer {name}", hint="give the architecture that was quantized"
+            )
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _build(described))
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        state |= load_file(file)
+    _restore_shared(model, state)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise IntegrityError(f"the tensors do not fit the model: {error}") from error
+    return model
+
+
+def _empty(path: Path, config: Mapping[str, Any]) -> nn.Module:
+    name = str(config.get("_class_name") or "")
+    diffusers = _diffusers()
+    kind = getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise ValidationError(
+            f"{path} is {'a ' + name if name else 'no model of diffusers'}, which cannot be built from its configuration",
+            hint="pass model=, a model of the same architecture",
+        )
+    from accelerate import init_empty_weights
+
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = kind.from_config(plain)
+    return model
+
+
+def _load_pipeline(path: Path, device: str | torch.device) -> Any:
+    index = json.loads((path / "model_index.json").read_text("utf-8"))
+    quantized = {}
+    for name in index:
+        file = path / name / "config.json"
+        if file.is_file():
+            found = json.loads(file.read_text("utf-8")).get("quantization_config") or {}
+            if found.get("quant_method") == QUANT_METHOD:
+                quantized[name] = load_quantized(path / name, device=device)
+    if not quantized:
+        raise ValidationError(f"{path} has no component quantized by segquant")
+    pipeline = _diffusers().DiffusionPipeline.from_pretrained(path, local_files_only=True, **quantized)
+    return pipeline.to(device)
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise DependencyError("diffusers is not installed", hint="pip install 'qwodel[segquant]'") from error
+    return diffusers
+
+
+def _unshared(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One name for tensors that share storage: the first."""
+    seen: set[tuple[int, torch.Size]] = set()
+    kept = {}
+    for name, tensor in state.items():
+        key = tensor.data_ptr(), tensor.shape
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        kept[name] = tensor
+    return kept
+
+
+def _restore_shared(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give tied names the tensor that was saved under their first."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        names.setdefault(id(tensor), []).append(name)
+    for tied in names.values():
+        present = next((state[name] for name in tied if name in state), None)
+        if present is not None:
+            state.update({name: present for name in tied if name not in state})
+
+
+def _describe(layer: SegmentLinear | QuantizedConv) -> dict[str, Any]:
+    common = {
+        "bias": None if layer.bias is None else _name_of(layer.bias.dtype),
+        "real": layer.real,
+        "dtype": _name_of(layer.dtype),
+    }
+    if isinstance(layer, QuantizedConv):
+        return {
+            "kind": "conv",
+            "geometry": asdict(layer.geometry),
+            "inputs": _inputs(layer.inputs),
+            "weight": _weight(layer.weight_codes),
+            **common,
+        }
+    parts = [
+        {
+            "inputs": _inputs(part.inputs),
+            "weight": _weight(part.weight),
+            "smoothed": part.smoothing is not None,
+            "rank": 0 if part.down is None else len(part.down),
+            "branch": None if part.down is None else _name_of(part.down.dtype),
+        }
+        for part in layer.products()
+    ]
+    return {"kind": "linear", "parts": parts, **common}
+
+
+def _inputs(rounding: InputRounding) -> dict[str, Any]:
+    form = rounding.form
+    return {
+        **asdict(form),
+        "quant_type": None if form.quant_type is None else form.quant_type.name,
+        "dtype": None if form.dtype is None else _name_of(form.dtype),
+        "sizes": rounding.sizes,
+    }
+
+
+def _weight(weight: WeightCodes) -> dict[str, Any]:
+    return {
+        "shape": weight.shape,
+        "quant_type": None if weight.quant_type is None else weight.quant_type.name,
+        "dtype": None if weight.quant_type is not None else _name_of(weight.codes.dtype),
+        "sizes": weight.sizes,
+        "asymmetric": weight.zero_point is not None,
+    }
+
+
+def _build(described: Mapping[str, Any]) -> nn.Module:
+    dtype = _dtype(described["dtype"])
+    options: dict[str, Any] = {"real": described["real"], "dtype": dtype}
+    if described["kind"] == "conv":
+        geometry: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in described["geometry"].items()
+        }
+        weight = _built_weight(described["weight"])
+        bias = _empty_bias(described["bias"], weight.shape[0])
+        return QuantizedConv(
+            _built_inputs(described["inputs"]), weight, bias, ConvGeometry(**geometry), **options
+        )
+    parts = []
+    for each in described["parts"]:
+        weight = _built_weight(each["weight"])
+        rows, columns = weight.shape
+        branch = None if each["branch"] is None else _dtype(each["branch"])
+        parts.append(
+            SegmentProduct(
+                _built_inputs(each["inputs"]),
+                weight,
+                smoothing=torch.empty(columns, device="meta") if each["smoothed"] else None,
+                down=torch.empty(each["rank"], columns, dtype=branch, device="meta") if branch else None,
+                up=torch.empty(rows, each["rank"], dtype=branch, device="meta") if branch else None,
+            )
+        )
+    bias = _empty_bias(described["bias"], sum(part.weight.shape[0] for part in parts))
+    return SegmentLinear(parts, bias, **options)
+
+
+def _empty_bias(dtype: str | None, rows: int) -> torch.Tensor | None:
+    return None if dtype is None else torch.empty(rows, dtype=_dtype(dtype), device="meta")
+
+
+def _built_inputs(described: Mapping[str, Any]) -> InputRounding:
+    fields = {key: value for key, value in described.items() if key != "sizes"}
+    fields["quant_type"] = _type(fields["quant_type"])
+    fields["dtype"] = None if fields["dtype"] is None else _dtype(fields["dtype"])
+    return InputRounding(InputFormat(**fields), tuple(described["sizes"]), device="meta")
+
+
+def _built_weight(described: Mapping[str, Any]) -> WeightCodes:
+    rows, columns = described["shape"]
+    return WeightCodes(
+        (rows, columns),
+        _type(described["quant_type"]),
+        tuple(described["sizes"]),
+        dtype=torch.float32 if described["dtype"] is None else _dtype(described["dtype"]),
+        asymmetric=described["asymmetric"],
+        device="meta",
+    )
+
+
+def _type(name: str | None) -> QuantType | None:
+    return None if name is None else _TYPES[name]
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValidationError(f"{name!r} is no dtype")
+    return found
