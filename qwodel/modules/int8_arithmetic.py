@@ -104,7 +104,7 @@ def round_rows(rows: torch.Tensor, scale: torch.Tensor | None = None) -> Rounded
         return Rounded((values if own else values.clamp_(-128, INT8.qmax)).to(torch.int8), scales)
     codes = _scratch.take("codes", rows, torch.int8, count, columns)
     scales = rows.new_empty(count, 1, dtype=torch.float32) if scale is None else scale
-    step = max(_IN_CACHE // columns, 1)
+    step = _at_a_time(rows)
     work = _scratch.take("fp32", rows, torch.float32, min(step, count), columns)
     for start in range(0, count, step):
         part, part_scale = rows[start : start + step], scales
@@ -114,6 +114,12 @@ def round_rows(rows: torch.Tensor, scale: torch.Tensor | None = None) -> Rounded
         # Nothing in a row exceeds the row's own greatest value.
         codes[start : start + step].copy_(values if own else values.clamp_(-128, INT8.qmax))
     return Rounded(codes, scales)
+
+
+def _at_a_time(matrix: torch.Tensor) -> int:
+    """Rows that stay in a processor's cache; a GPU takes all."""
+    count, columns = matrix.shape
+    return count if matrix.device.type != "cpu" else max(_IN_CACHE // columns, 1)
 
 
 def _row_scales(rows: torch.Tensor) -> torch.Tensor:
@@ -145,7 +151,7 @@ def rescale(
         values = torch.mul(product, scale).mul_(weight_scale)
         return (values if bias is None else values.add_(bias)).to(dtype)
     out = torch.empty(count, outputs, dtype=dtype, device=product.device)
-    step = max(_IN_CACHE // outputs, 1)
+    step = _at_a_time(product)
     work = _scratch.take("fp32", product, torch.float32, min(step, count), outputs)
     for start in range(0, count, step):
         part = product[start : start + step]

@@ -175,15 +175,18 @@ class Int8Linear(nn.Module):
 
     def _rounded(self, x: torch.Tensor, rows: torch.Tensor) -> Rounded:
         """The codes of ``x``: those it had in the layer before, if that read the same."""
-        static = float(self.input_scale) if self.input_scale is not None and not x.is_cuda else None
-        key = (self.activations, self.rotation, static)
-        if not x.is_cuda and (known := recall(x, key)) is not None:
+        elsewhere = x.device.type != "cpu" or torch.compiler.is_compiling()
+        key = None if elsewhere else (self.activations, self.rotation, self._static())
+        if key is not None and (known := recall(x, key)) is not None:
             return known
         turned = self._rotate(rows)
         rounded = round_rows(turned, self._shared_scale(turned))
-        if not x.is_cuda:
+        if key is not None:
             remember(x, key, rounded)
         return rounded
+
+    def _static(self) -> float | None:
+        return None if self.input_scale is None else float(self.input_scale)
 
     def _product(self, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
         if self.exact:

@@ -58,7 +58,8 @@ class Exported:
 
     Attributes:
         logits: relative errors: ``int8`` of our INT8 model and ``transformers`` of transformers'
-            reading against the same arithmetic simulated in fp32; ``float`` of that against the source.
+            reading against the same arithmetic simulated in fp32, ``int8_layer`` of our worst layer's outputs
+            given the same inputs; ``float`` of the simulation against the source.
         rounding: how GPTQ found each layer's codes; empty without it.
     """
 
@@ -141,8 +142,8 @@ def _export(
     expected = simulate_saved(target, plan, scheme, scales, probe)
     if scheme.rotate_inputs:
         _describe_as_ours(target, plan, scheme)
-    compared = {"float": relative_error(expected["int8"], original)}
-    logits = {**compared, **read_back(target, scheme, probe, expected)}
+    rounding = relative_error(expected.logits["int8"], original)
+    logits = {"float": rounding, **read_back(target, scheme, probe, expected, rounding)}
     return Exported(plan, quality, smoothed, logits, reports)
 
 

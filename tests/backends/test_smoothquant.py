@@ -51,6 +51,7 @@ def test_a_directory_that_transformers_and_we_load(
     assert difference(load(folder), exact) < bound
     assert difference(Int8ForCausalLM.from_pretrained(folder), exact) < bound
     assert info["logits"]["int8"] <= 3e-2
+    assert info["logits"]["int8_layer"] <= 1e-3
     assert info["logits"]["transformers"] <= 3e-2
     assert info["smoothing"]["change"] <= 1e-5
     assert info["smoothing"]["undone"] == []

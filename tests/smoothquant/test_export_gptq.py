@@ -62,7 +62,7 @@ def test_errors_fed_forward_lose_no_more_than_statistics_of_the_whole_model(
     lines = wikitext.read_text("utf-8").splitlines(keepends=True)
     part, held_out = tmp_path / "part.txt", "".join(lines[2000:2020])
     part.write_text("".join(lines[:200]), "utf-8")
-    sizes = {"num_samples": 12, "seq_length": 128, "batch_size": 4}
+    sizes = {"num_samples": 8, "seq_length": 128, "batch_size": 4}
     made = Quantizer(
         "smoothquant", str(stories15m), tmp_path / "out", alpha=0.5, rotations="none",
         optimizer="gptq", calibration_dataset=str(part), **sizes,
@@ -73,7 +73,7 @@ def test_errors_fed_forward_lose_no_more_than_statistics_of_the_whole_model(
     with torch.no_grad():
         exact = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
     batches = list(calibration_batches(stories15m, model.config, CalibrationOptions(str(part), **sizes), 768))
-    smooth_model(model, calibrate(model, batches, 12), 0.5)
+    smooth_model(model, calibrate(model, batches, 8), 0.5)
     layers = {
         f"{name}.weight": layer.weight.detach().clone() for name, layer in quantizable_layers(model).items()
     }
