@@ -92,7 +92,9 @@ def solve(model: Any, text: torch.Tensor) -> None:
     names = list(quantizable_layers(model))
     with tempfile.TemporaryDirectory() as folder:
         tell("summing up inputs")
-        file = collect_statistics(model, text.split(2), Path(folder) / "inputs.safetensors", layers=names)
+        file = collect_statistics(
+            model, text.split(2), Path(folder) / "inputs.safetensors", layers=names, even=True
+        )
         method = FromStatistics(file, DataAware("gptq"), "gptq")
         for name, layer in quantizable_layers(model).items():
             tell(f"GPTQ of {name}")

@@ -87,6 +87,7 @@ def find_codes(
     *,
     batches: Sequence[Mapping[str, Any]] | None = None,
     prepare: Callable[[nn.Module], object] | None = None,
+    even: bool = False,
 ) -> tuple[Plan, dict[str, RoundingReport]]:
     """Run the plan's model on calibration text and find the codes of every weight that waits for them.
 
@@ -97,6 +98,7 @@ def find_codes(
         method: how codes are chosen.
         progress: its stage ``calibrate`` advances.
         batches: what the model is called with, where the text was cut into tokens before.
+        even: see :class:`~qwodel.modeling.recorder.InputRecorder`.
         prepare: is given the model before it runs, to hook what its reader does with inputs.
 
     Returns:
@@ -130,7 +132,7 @@ def find_codes(
             return round_stored(weights, task, statistics, method)
 
         with _explained(lazy, calibration):
-            reports = quantize_blockwise(lazy, tasks, batches, solve, CodeStore(folder), progress)
+            reports = quantize_blockwise(lazy, tasks, batches, solve, CodeStore(folder), progress, even=even)
     filled = tuple(_filled(each, folder) for each in plan.tensors)
     return replace(plan, tensors=filled), reports
 

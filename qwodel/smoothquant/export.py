@@ -228,6 +228,7 @@ def _with_codes(
         progress,
         batches=batches,
         prepare=lambda model: rotate_inputs(model, options.scheme),
+        even=True,
     )
 
 
