@@ -5,9 +5,9 @@ evaluation texts differ. ``folded`` changes weights only, so that any reader com
 also rotates inputs at run time, which qwodel's INT8 linear does; ``+ GPTQ`` rounds weights by GPTQ on the
 calibration text instead of to nearest.
 
-``change`` is that of the perplexity. On 12,000 tokens it is known to about 0.1 %, since every rounding
-moves tokens up and down; ``KL`` (thousandths of a nat a token, on the first windows) says the same with
-a tenth of the noise. One table::
+``change`` is that of the perplexity. On 12,000 tokens it is known to a few tenths of a percent, since every
+rounding moves tokens up and down; ``KL`` (thousandths of a nat a token, on the first windows) has less
+noise and tells variants apart. One table::
 
     python benchmarks/smoothquant_quality.py --calibration wiki.valid.tokens --test wiki.test.raw
     python benchmarks/smoothquant_quality.py --calibration … --test … --model DIR --length 256 \\
