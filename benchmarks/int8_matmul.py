@@ -1,7 +1,7 @@
 """INT8 against bf16 and fp32 on this machine: one matrix, and a whole model's prefill.
 
 All timings of a table come from one process, in turns; the least of the repeats counts. With a CUDA
-GPU, ``--device cuda`` compares with fp16 too. One table each::
+GPU, ``--device cuda`` compares with fp16. One table each::
 
     python benchmarks/int8_matmul.py                      # SmolLM2's shape, random weights
     python benchmarks/int8_matmul.py --hidden 2048 --ffn 8192 --layers 8 --threads 2 --repeat 7
@@ -10,9 +10,11 @@ GPU, ``--device cuda`` compares with fp16 too. One table each::
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,17 +23,18 @@ from qwodel.modules.int8_linear import Int8Linear
 from qwodel.smoothquant import Int8ForCausalLM
 
 
-def best(run: Callable[[], object], repeat: int, device: str) -> float:
-    """Seconds of the fastest run, after one to warm up."""
-    times = []
+def in_turns(runs: dict[str, Callable[[], object]], repeat: int, device: str) -> dict[str, float]:
+    """Seconds of each run's fastest turn, after one to warm up; a busy moment hits all alike."""
+    fastest = dict.fromkeys(runs, math.inf)
     for turn in range(repeat + 1):
-        started = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if turn:
-            times.append(time.perf_counter() - started)
-    return min(times)
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                fastest[name] = min(fastest[name], time.perf_counter() - started)
+    return fastest
 
 
 def matrices(size: int, repeat: int, device: str, dtypes: dict[str, torch.dtype]) -> None:
@@ -41,17 +44,16 @@ def matrices(size: int, repeat: int, device: str, dtypes: dict[str, torch.dtype]
         + "".join(f"{name:>9}" for name in (*dtypes, "int8"))
     )
     linear = torch.nn.Linear(size, size, bias=False)
+    half = next(reversed(dtypes.values()))
+    layers = {name: (deepcopy(linear).to(device, dtype), dtype) for name, dtype in dtypes.items()}
+    layers["int8"] = (Int8Linear.from_float(linear).to(device), half)
     for rows in (1, 64, 128, 256, 512):
-        line = f"{rows:7}"
-        for dtype in dtypes.values():
-            layer, x = deepcopy(linear).to(device, dtype), torch.randn(rows, size, device=device, dtype=dtype)
-            line += f"{best(lambda layer=layer, x=x: layer(x), repeat, device) * 1e3:9.3f}"
-        half = next(reversed(dtypes.values()))
-        layer, x = (
-            Int8Linear.from_float(linear).to(device),
-            torch.randn(rows, size, device=device, dtype=half),
-        )
-        print(line + f"{best(lambda layer=layer, x=x: layer(x), repeat, device) * 1e3:9.3f}", flush=True)
+        runs = {
+            name: partial(layer, torch.randn(rows, size, device=device, dtype=dtype))
+            for name, (layer, dtype) in layers.items()
+        }
+        seconds = in_turns(runs, repeat, device)
+        print(f"{rows:7}" + "".join(f"{each * 1e3:9.3f}" for each in seconds.values()), flush=True)
 
 
 def model_of(given: argparse.Namespace) -> Any:
@@ -84,11 +86,13 @@ def whole_model(given: argparse.Namespace, dtypes: dict[str, torch.dtype]) -> No
     models[f"int8 ({half} around)"] = Int8ForCausalLM.from_float(exact.to(dtypes[half])).to(device)
     print(f"\n{given.layers} layers of {given.hidden} / {given.ffn}, prefill of {given.tokens} tokens\n")
     print(f"{'':20}{'tokens/s':>10}{'against ' + half:>15}{'MB':>9}")
-    with torch.inference_mode():
-        seconds = {
-            name: best(lambda model=model: model(input_ids=ids, use_cache=False), given.repeat, device)
-            for name, model in models.items()
-        }
+    # As generate does: no gradients, and logits of the last token only.
+    runs = {
+        name: partial(model, input_ids=ids, use_cache=False, logits_to_keep=1)
+        for name, model in models.items()
+    }
+    with torch.no_grad():
+        seconds = in_turns(runs, given.repeat, device)
     for name, model in models.items():
         ratio = seconds[half] / seconds[name]
         print(f"{name:20}{given.tokens / seconds[name]:10.0f}{ratio:15.2f}{footprint(model) / 1e6:9.0f}")
@@ -113,7 +117,7 @@ def main() -> None:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if given.device == "cuda":
         dtypes = {"fp32": torch.float32, "fp16": torch.float16}
-    with torch.inference_mode():
+    with torch.no_grad():
         matrices(given.size, given.repeat, given.device, dtypes)
     whole_model(given, dtypes)
 

@@ -16,7 +16,7 @@ from qwodel.output import require_space
 from qwodel.source import ModelSource
 
 if TYPE_CHECKING:
-    from qwodel.smoothquant.export import ExportOptions
+    from qwodel.smoothquant.export_options import ExportOptions
 
 __all__ = ["SmoothQuantOptions", "SmoothQuantQuantizer"]
 
@@ -153,7 +153,7 @@ def _searches(options: SmoothQuantOptions) -> bool:
 
 def _export_options(spec: FormatSpec, options: SmoothQuantOptions) -> ExportOptions:
     from qwodel.modeling.calibrated import CalibrationOptions
-    from qwodel.smoothquant.export import ExportOptions
+    from qwodel.smoothquant.export_options import ExportOptions
 
     calibration = None
     if options.calibration_dataset is not None:

@@ -18,6 +18,7 @@ from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.source_decoders import (
     Mxfp4Decoder,
     NvFp4Decoder,
+    PackedInt8Decoder,
     PlainDecoder,
     QuipDecoder,
     RotatedDecoder,
@@ -133,7 +134,11 @@ class _Resolver:
                 raise _refusal(self.reader, f"{_FOREIGN[suffix]} (tensor {name!r})")
             if "quant_state" in name:
                 raise _refusal(self.reader, f"bitsandbytes (tensor {name!r})")
-            if suffix == "weight_packed" and self.reader.entry(name).dtype != "U8":
+            if (
+                suffix == "weight_packed"
+                and self.reader.entry(name).dtype != "U8"
+                and not self._packs_int8(name)
+            ):
                 raise _refusal(self.reader, f"packed integers (tensor {name!r})")
 
     def _encoded(self, name: str) -> SourceTensor | None:
@@ -144,6 +149,8 @@ class _Resolver:
             return self._mxfp4(name)
         if entry.dtype == "U8" and len(entry.shape) == 2 and (nvfp4 := self._nvfp4(name, comfyui)):
             return nvfp4
+        if name.endswith(".weight_packed") and entry.dtype == "I32":
+            return self._packed_int8(name)
         scale = self._scale_of(name)
         if entry.dtype in _FP8:
             kind = entry.dtype.replace("F8_", "FP8 ")
@@ -156,6 +163,24 @@ class _Resolver:
         if scale or comfyui:
             raise _refusal(self.reader, f"{comfyui.get('format', 'scaled ' + entry.dtype)} (tensor {name!r})")
         return None
+
+    def _packs_int8(self, name: str) -> bool:
+        """Whether a packed weight has symmetric 8-bit codes; those of fewer bits may have the same shape."""
+        groups = (self.quantization.get("config_groups") or {}).values()
+        packed = [group["weights"] for group in groups if group.get("format") == "pack-quantized"]
+        eight = all(each.get("num_bits") == 8 and each.get("symmetric", True) for each in packed)
+        stem = name.removesuffix("_packed")
+        return bool(packed) and eight and f"{stem}_scale" in self.reader and f"{stem}_shape" in self.reader
+
+    def _packed_int8(self, name: str) -> SourceTensor:
+        stem = name.removesuffix("_packed")
+        rows, words = self.reader.get_shape(name)
+        shape = (rows, 4 * words)
+        if tuple(self.reader.get_tensor(f"{stem}_shape").tolist()) != shape:
+            raise _refusal(self.reader, f"packed INT8 of an unknown layout (tensor {name!r})")
+        block = self._block(stem, shape, self.reader.get_shape(f"{stem}_scale"))
+        decoder = PackedInt8Decoder(name, f"{stem}_scale", block)
+        return SourceTensor(stem, shape, self.dtype, (name, f"{stem}_scale"), decoder, "packed INT8")
 
     def _rotated(self, plain: SourceTensor, comfyui: Mapping[str, Any]) -> SourceTensor:
         size = comfyui.get("convrot_groupsize", _CONVROT_DEFAULT)

@@ -15,9 +15,10 @@ from qwodel.algorithms.fp8_decode import codes_to_float
 from qwodel.algorithms.hadamard import Basis, ConvRot, Rotation, convrot_weight
 from qwodel.algorithms.quip import QuipTransform
 from qwodel.checkpoint.packed_fp4 import decode_mxfp4, decode_nvfp4, unswizzle_scales
+from qwodel.checkpoint.packed_int8 import unpack_int8
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 
-__all__ = ["Mxfp4Decoder", "NvFp4Decoder", "PlainDecoder", "RowDecoder", "ScaledDecoder"]
+__all__ = ["Mxfp4Decoder", "NvFp4Decoder", "PackedInt8Decoder", "PlainDecoder", "RowDecoder", "ScaledDecoder"]
 
 
 class RowDecoder(Protocol):
@@ -52,8 +53,12 @@ class ScaledDecoder:
     block: tuple[int, ...]
 
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
-        codes = codes_to_float(reader.get_rows(self.data, start, stop))
+        codes = self.codes(reader, start, stop)
         return codes.mul_(self.spread(reader, start, stop, codes.shape))
+
+    def codes(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
+        """The codes of rows ``[start, stop)`` in fp32."""
+        return codes_to_float(reader.get_rows(self.data, start, stop))
 
     def spread(
         self, reader: UnifiedSafetensorsLoader, start: int, stop: int, shape: torch.Size
@@ -74,6 +79,14 @@ class ScaledDecoder:
         window = [slice(None, n) for n in shape]
         window[0] = slice(skip, skip + shape[0])
         return scale[tuple(window)]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt8Decoder(ScaledDecoder):
+    """INT8 codes four to an int32, times a dequant scale."""
+
+    def codes(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
+        return unpack_int8(reader.get_rows(self.data, start, stop)).float()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from qwodel.algorithms.scales import absmax_scale, quantize
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.dtypes import torch_dtype
 from qwodel.checkpoint.layout import OutputTensor, Role
+from qwodel.checkpoint.packed_int8 import pack_int8
 from qwodel.checkpoint.plan import TensorPlan
 from qwodel.checkpoint.rounding import LayerWeight, Nearest, Rounded
 from qwodel.checkpoint.slabs import row_slabs
@@ -147,7 +148,7 @@ def _nearest(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Ten
     for rows in pieces:
         done = quantize(rows, wanted.quant_type, wanted.granularity, shared)
         scales.append(done.scale)
-        yield Write(codes.name, done.codes, place)
+        yield Write(codes.name, _as_stored(done.codes, codes), place)
         place += done.codes.nbytes
     yield Write(scale.name, shared if shared is not None else torch.cat(scales))
 
@@ -174,10 +175,15 @@ def _round(
         done, report = rounded.codes, rounded.report
         error += float((rows.float() - done.dequantize()).double().square().sum())
         scales.append(done.scale)
-        yield Write(codes.name, done.codes, place)
+        yield Write(codes.name, _as_stored(done.codes, codes), place)
         place += done.codes.nbytes
     yield Write(scale.name, scales[0] if len(scales) == 1 else torch.cat(scales))
     return Measured(error, report)
+
+
+def _as_stored(codes: torch.Tensor, target: OutputTensor) -> torch.Tensor:
+    """INT8 codes as the bytes of their tensor: one each, or from 0 on and four to an int32."""
+    return pack_int8(codes) if target.dtype == "I32" else codes
 
 
 def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> Rounded:

@@ -31,6 +31,7 @@ __all__ = ["Activations", "TransformersLayout"]
 Activations = Literal["dynamic", "static", "none"]
 
 _VLLM_BLOCK = 128
+_PACKED = 4  # INT8 codes in an int32
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _ANY_EXPERT = r"re:.*\.experts\.\d+\..*"
 
@@ -44,10 +45,13 @@ class TransformersLayout:
             token, as the fast kernels need; ``"static"`` has it take ``input_scales``;
             ``"none"`` describes weights only.
         input_scales: weight → scale of its layer's inputs, of static activations.
+        packed_experts: write INT8 weights of experts four to an int32, the one integer form of
+            experts that transformers takes; they are described as weights only.
     """
 
     activations: Activations = "dynamic"
     input_scales: Mapping[str, float] = field(default_factory=dict)
+    packed_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.activations not in ("dynamic", "static", "none"):
@@ -103,6 +107,10 @@ class TransformersLayout:
         if not wanted.quantizes:
             return None
         granularity = wanted.granularity
+        if self._packs(source.name, wanted):
+            if source.shape[1] % _PACKED:
+                return f"{source.shape[1]} inputs are no multiple of {_PACKED}, as packing needs"
+            return None
         if _EXPERT.search(source.name) and (wanted.quant_type != FP8_E4M3 or granularity.is_block):
             return "transformers merges experts as it loads and takes FP8 with tensor or row scales only"
         if (
@@ -121,6 +129,15 @@ class TransformersLayout:
     def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
         assert wanted.quant_type is not None
         shape = wanted.granularity.scale_shape(source.shape) or (1,)
+        if self._packs(source.name, wanted):
+            rows, columns = source.shape
+            return (
+                OutputTensor(f"{source.name}_packed", "I32", (rows, columns // _PACKED), Role.CODES),
+                OutputTensor(f"{source.name}_scale", "F32", shape, Role.SCALE),
+                OutputTensor(
+                    f"{source.name}_shape", "I64", (2,), Role.CONSTANT, struct.pack("<2q", rows, columns)
+                ),
+            )
         outputs = (
             OutputTensor(source.name, dtype_name(wanted.quant_type.dtype), source.shape, Role.CODES),
             OutputTensor(f"{source.name}_scale", "F32", shape, Role.SCALE),
@@ -129,6 +146,10 @@ class TransformersLayout:
             return outputs
         name, payload = f"{source.name.removesuffix('.weight')}.input_scale", self.input_scales[source.name]
         return (*outputs, OutputTensor(name, "F32", (1,), Role.CONSTANT, struct.pack("<f", payload)))
+
+    def _packs(self, name: str, wanted: StorageFormat) -> bool:
+        row_codes = wanted.quant_type == INT8 and wanted.granularity == ROW
+        return self.packed_experts and row_codes and _EXPERT.search(name) is not None
 
     def extra_tensors(self, tensors: Sequence[TensorPlan]) -> tuple[OutputTensor, ...]:
         del tensors
@@ -154,7 +175,7 @@ class TransformersLayout:
 
     def _quantization(self, plans: list[TensorPlan], formats: list[StorageFormat]) -> dict[str, Any]:
         # The commonest format takes every Linear; rarer ones are named layer by layer.
-        groups = {}
+        groups: dict[str, dict[str, Any]] = {}
         for index, wanted in enumerate(formats):
             named = [
                 f"re:^(.*\\.)?{re.escape(each.name.removesuffix('.weight'))}$"
@@ -169,7 +190,17 @@ class TransformersLayout:
             and len(each.source.shape) == 2
             and not (each.format and each.format.quantizes)
         ]
-        if formats[0].quant_type == INT8 and any(_EXPERT.search(f"{name}.") for name in kept):
+        packed = next(
+            (each.format for each in plans if each.format and self._packs(each.name, each.format)), None
+        )
+        if packed is not None:
+            groups[f"group_{len(groups)}"] = {
+                "targets": [_ANY_EXPERT],
+                **self._scheme(packed),
+                "input_activations": None,
+                "format": "pack-quantized",
+            }
+        elif formats[0].quant_type == INT8 and any(_EXPERT.search(f"{name}.") for name in kept):
             # transformers looks for packed experts where the experts' group is an integer one, and
             # would leave those stored as they were without values.
             fp8 = StorageFormat("experts", FP8_E4M3, ROW)

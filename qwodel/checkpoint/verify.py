@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import torch
 
-from qwodel.algorithms.fp8_decode import codes_to_float
 from qwodel.checkpoint.convert import Conversion
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.dequantize_sources import resolve_sources
@@ -181,7 +180,7 @@ class _Verifier:
             weight = weight_rows(self._source, plan, start, stop).float()
             if basis is not None:
                 weight = basis.apply(weight)
-            codes = codes_to_float(self._output.get_rows(decoder.data, start, stop))
+            codes = decoder.codes(self._output, start, stop)
             scale = decoder.spread(self._output, start, stop, codes.shape)
             error = (codes * scale).sub_(weight)
             signal += _square_sum(weight)

@@ -42,6 +42,8 @@ def quantize_blockwise(
     solve: Solver,
     store: CodeStore,
     progress: Progress,
+    *,
+    even: bool = False,
 ) -> dict[str, RoundingReport]:
     """Find the codes of every weight in ``tasks``.
 
@@ -52,6 +54,7 @@ def quantize_blockwise(
         solve: rounds weights.
         store: keeps the codes.
         progress: its stage ``calibrate`` gets batches done.
+        even: see :class:`~qwodel.modeling.recorder.InputRecorder`.
 
     Returns:
         For every weight how its codes were found. Those whose layers saw nothing are rounded
@@ -61,7 +64,7 @@ def quantize_blockwise(
         ValidationError: NaN or Inf among weights or inputs.
         Cancelled: the progress callback raised.
     """
-    return _Run(lazy, tasks, batches, solve, store, progress).run()
+    return _Run(lazy, tasks, batches, solve, store, progress, even).run()
 
 
 def round_stored(
@@ -87,6 +90,7 @@ class _Run:
     solve: Solver
     store: CodeStore
     progress: Progress
+    even: bool
     blocks: ModelBlocks = field(init=False)
     reports: dict[str, RoundingReport] = field(default_factory=dict)
     steps_done: int = 0
@@ -107,7 +111,7 @@ class _Run:
     def _visit(self, unit: nn.Module, arrivals: Sequence[Arrival]) -> Iterator[Any]:
         name = self.blocks.names[unit]
         self.lazy.load(unit, name)
-        with InputRecorder(self.blocks.layers_in(unit)) as recorder:
+        with InputRecorder(self.blocks.layers_in(unit), even=self.even) as recorder:
             for arrival in arrivals:
                 unit(*_copied(arrival.args), **_copied(arrival.kwargs))
                 recorder.end_pass()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ __all__ = [
     "collect_from_checkpoint",
     "find_codes",
     "load_tokenizer",
+    "open_checkpoint",
 ]
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,15 @@ class CalibrationOptions:
 
 
 def find_codes(
-    plan: Plan, folder: Path, calibration: CalibrationOptions, method: DataAware, progress: Progress
+    plan: Plan,
+    folder: Path,
+    calibration: CalibrationOptions,
+    method: DataAware,
+    progress: Progress,
+    *,
+    batches: Sequence[Mapping[str, Any]] | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
+    even: bool = False,
 ) -> tuple[Plan, dict[str, RoundingReport]]:
     """Run the plan's model on calibration text and find the codes of every weight that waits for them.
 
@@ -88,6 +97,9 @@ def find_codes(
         calibration: the text.
         method: how codes are chosen.
         progress: its stage ``calibrate`` advances.
+        batches: what the model is called with, where the text was cut into tokens before.
+        even: see :class:`~qwodel.modeling.recorder.InputRecorder`.
+        prepare: is given the model before it runs, to hook what its reader does with inputs.
 
     Returns:
         the plan with the place of its codes filled in, and how each layer's were found.
@@ -109,7 +121,10 @@ def find_codes(
     widest = max(each.source.shape[1] for each in plan.tensors if isinstance(each.rounding, FromStore))
     with UnifiedSafetensorsLoader(plan.source, low_memory=True) as reader:
         lazy = _open(plan, reader, torch.device(calibration.device))
-        batches = list(calibration_batches(plan.source, lazy.model.config, calibration, widest))
+        if batches is None:
+            batches = list(calibration_batches(plan.source, lazy.model.config, calibration, widest))
+        if prepare is not None:
+            prepare(lazy.model)
 
         def solve(
             weights: Sequence[torch.Tensor], task: StorageFormat, statistics: InputStatistics | None
@@ -117,7 +132,7 @@ def find_codes(
             return round_stored(weights, task, statistics, method)
 
         with _explained(lazy, calibration):
-            reports = quantize_blockwise(lazy, tasks, batches, solve, CodeStore(folder), progress)
+            reports = quantize_blockwise(lazy, tasks, batches, solve, CodeStore(folder), progress, even=even)
     filled = tuple(_filled(each, folder) for each in plan.tensors)
     return replace(plan, tensors=filled), reports
 
@@ -156,7 +171,7 @@ def collect_from_checkpoint(
         disk_errors(f"collecting statistics for {path}"),
     ):
         progress.stage("calibrate", "reading the calibration text")
-        lazy = _open_source(Path(folder), reader, torch.device(calibration.device))
+        lazy = open_checkpoint(Path(folder), reader, device=calibration.device)
         blocks = ModelBlocks.of(lazy)
         widest = max(
             (each.in_features for each in lazy.model.modules() if isinstance(each, nn.Linear)), default=1
@@ -171,7 +186,25 @@ def collect_from_checkpoint(
     return path
 
 
-def _open_source(folder: Path, reader: UnifiedSafetensorsLoader, device: torch.device) -> LazyModel:
+def open_checkpoint(
+    folder: Path,
+    reader: UnifiedSafetensorsLoader,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> LazyModel:
+    """A model directory as a lazy model of the numbers its tensors stand for, codes decoded.
+
+    Args:
+        folder: the model directory.
+        reader: its open checkpoint, which must stay open.
+        dtype: to compute in; fp32 where most tensors are, else bf16.
+        device: where loaded parts live.
+
+    Raises:
+        ValidationError: it is quantized in a way that is not understood.
+        ConfigurationError: transformers does not know the architecture.
+    """
     config = config_of(folder)
     tensors = {each.name: each for each in resolve_sources(reader, config).tensors}
 
@@ -182,7 +215,8 @@ def _open_source(folder: Path, reader: UnifiedSafetensorsLoader, device: torch.d
         return reader.get_tensor(source.stored[0])
 
     wide = sum(each.dtype in ("F32", "F64") for each in tensors.values()) * 2 > len(tensors)
-    return open_lazily(config, tensors, read, dtype=torch.float32 if wide else torch.bfloat16, device=device)
+    dtype = dtype or (torch.float32 if wide else torch.bfloat16)
+    return open_lazily(config, tensors, read, dtype=dtype, device=device)
 
 
 @contextmanager

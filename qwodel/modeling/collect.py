@@ -36,6 +36,7 @@ def collect_statistics(
     *,
     layers: Sequence[str] | None = None,
     gram: bool = True,
+    even: bool = False,
     memory: int = DEFAULT_MEMORY,
     scratch: Path | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -53,6 +54,8 @@ def collect_statistics(
         path: the statistics file to write; both weight backends and ``convert_to_int8`` read it.
         layers: names of the layers to watch, without ``.weight``; all linear ones if not given.
         gram: keep Gram matrices. Without them the file serves for activation scales only.
+        even: let no token count for more than the median one; for rounding by GPTQ only, as means and
+            greatest values are of the shortened vectors too.
         memory: bytes of Gram matrices held in memory.
         scratch: folder for those beyond it; beside ``path`` if not given.
         forward: calls the module on a batch, where that takes more than calling it.
@@ -78,7 +81,7 @@ def collect_statistics(
         tempfile.TemporaryDirectory(dir=scratch or output.scratch, prefix="gram-") as spill,
         disk_errors(f"collecting statistics for {target}"),
     ):
-        recorder = InputRecorder(watched, gram, _Spilling(Path(spill), memory))
+        recorder = InputRecorder(watched, gram, _Spilling(Path(spill), memory), even)
         count = 0
         with recorder, torch.no_grad():
             for batch in batches:

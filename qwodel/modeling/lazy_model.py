@@ -86,7 +86,18 @@ class LazyModel:
             parts = self.parts(full)
             if not parts or (replaced is not None and not any(part.key in replaced for part in parts)):
                 continue
-            self._place(module, name, old, self._assemble(full, parts, replaced or {}))
+            self._place(module, name, old, self._assemble(full, parts, replaced or {}, self.dtype))
+
+    def assemble(self, parameter: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What transformers makes of ``tensors``, in their own dtype, in place of a parameter's parts.
+
+        Args:
+            tensors: by the parts' names, such as codes or scales of each expert.
+
+        Raises:
+            ConversionError: transformers cannot assemble them.
+        """
+        return self._assemble(parameter, self.parts(parameter), tensors, None)
 
     def unload(self, module: nn.Module) -> None:
         """Take the weights of ``module`` out of memory again."""
@@ -109,14 +120,18 @@ class LazyModel:
             owner.register_buffer(name, value)
 
     def _assemble(
-        self, parameter: str, parts: tuple[WeightPart, ...], replaced: Mapping[str, torch.Tensor]
+        self,
+        parameter: str,
+        parts: tuple[WeightPart, ...],
+        replaced: Mapping[str, torch.Tensor],
+        dtype: torch.dtype | None,
     ) -> torch.Tensor:
         tensors = [replaced[part.key] if part.key in replaced else self._read(part.key) for part in parts]
         if parts[0].pattern is None:
             return tensors[0]
         converter = deepcopy(self._converters[parts[0].pattern])
         for part, tensor in zip(parts, tensors, strict=True):
-            converter.add_tensor(parameter, part.key, part.pattern, tensor.to(self.dtype))
+            converter.add_tensor(parameter, part.key, part.pattern, tensor.to(dtype or tensor.dtype))
         try:
             made = converter.convert(parameter, model=self.model, config=self.model.config)
         except Exception as error:

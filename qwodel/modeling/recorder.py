@@ -59,12 +59,15 @@ class InputRecorder:
     Args:
         layers: linear and fused-expert modules by name.
         gram: sum XᵀX too.
+        even: let no token count for more than the median one of its pass, by the length of its vector.
+            Where a few tokens are a hundred times as long as the others, the sums would know only those.
         buffer: makes the ``[N, N]`` of zeros that a Gram matrix is summed in; in memory if not given.
     """
 
     layers: Mapping[str, nn.Module]
     gram: bool = True
     buffer: Callable[[int], torch.Tensor] | None = None
+    even: bool = False
     _groups: dict[LayerId, InputGroup] = field(default_factory=dict)
     _recent: list[_Recent] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=list)
@@ -128,7 +131,7 @@ class InputRecorder:
             group.layers.remove(layer)
             group = InputGroup([layer], group.sums.copy())
             self._groups[layer] = group
-        group.sums.add(inputs)
+        group.sums.add(_evened(inputs) if self.even else inputs)
         self._recent.append(_Recent(inputs, version, group))
         del self._recent[:-_RECENT]
 
@@ -147,6 +150,14 @@ class InputRecorder:
             inputs = flat[tokens]
             self._add((f"{name}.gate_up_proj", expert), inputs)
             self._add((f"{name}.down_proj", expert), _between(module, inputs, expert))
+
+
+def _evened(inputs: torch.Tensor) -> torch.Tensor:
+    """Vectors longer than the median one cut to its length, direction kept; ``[..., N]``."""
+    lengths = torch.linalg.vector_norm(inputs.float(), dim=-1, keepdim=True)
+    cut = (lengths.median() / lengths.clamp_min(1e-30)).clamp_(max=1)
+    evened: torch.Tensor = (inputs * cut).to(inputs.dtype)
+    return evened
 
 
 def _between(module: Any, inputs: torch.Tensor, expert: int) -> torch.Tensor:

@@ -8,8 +8,6 @@ same codes are multiplied in floating point.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Literal, Self
 
 import torch
@@ -19,17 +17,22 @@ from qwodel.algorithms.hadamard import convrot_matrix, convrot_weight
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.scales import Quantized, quantize
 from qwodel.exceptions import ConfigurationError, ValidationError
+from qwodel.modules.int8_arithmetic import (
+    Rounded,
+    int_mm_works,
+    multiply,
+    recall,
+    remember,
+    rescale,
+    round_rows,
+    rows_at_once,
+    tensor_scale,
+)
 
-__all__ = ["Activations", "Int8Linear", "int8_product", "int_mm_works"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Activations", "Int8Linear"]
 
 Activations = Literal["token", "tensor", "static"]
 """What inputs are rounded with: a scale a token, one a call, or one that was calibrated."""
-
-_SMALLEST = 1e-12
-_CUDA_ROWS = 17  # CUDA's operator takes more than 16 rows
-_CUDA_MULTIPLE = 8
 
 
 class Int8Linear(nn.Module):
@@ -154,19 +157,43 @@ class Int8Linear(nn.Module):
             layer.input_scale.fill_(input_scale)
         return layer
 
+    @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., N]`` → ``[..., M]`` in the dtype of ``x``."""
+        """``[..., N]`` → ``[..., M]`` in the dtype of ``x``, without gradients."""
         rows = x.reshape(-1, self.in_features)
-        if self.rotation:
-            rows = self._rotate(rows)
-        codes, scale = self._round(rows)
         if self.exact is None:
-            self.exact = int_mm_works(codes.device.type, codes.device.index)
-        product = int8_product(codes, self.weight, exact=self.exact).float()
-        out = product.mul_(scale).mul_(self.weight_scale.T)
-        if self.bias is not None:
-            out.add_(self.bias)
-        return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+            self.exact = int_mm_works(x.device.type, x.device.index)
+        step = rows_at_once(self.in_features, self.out_features)
+        if len(rows) <= step:
+            out = self._product(self._rounded(x, rows), x.dtype)
+        else:
+            turned = self._rotate(rows)
+            scale = self._shared_scale(turned)
+            parts = (round_rows(part, scale) for part in torch.split(turned, step))
+            out = torch.cat([self._product(part, x.dtype) for part in parts])
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _rounded(self, x: torch.Tensor, rows: torch.Tensor) -> Rounded:
+        """The codes of ``x``: those it had in the layer before, if that read the same."""
+        elsewhere = x.device.type != "cpu" or torch.compiler.is_compiling()
+        key = None if elsewhere else (self.activations, self.rotation, self._static())
+        if key is not None and (known := recall(x, key)) is not None:
+            return known
+        turned = self._rotate(rows)
+        rounded = round_rows(turned, self._shared_scale(turned))
+        if key is not None:
+            remember(x, key, rounded)
+        return rounded
+
+    def _static(self) -> float | None:
+        return None if self.input_scale is None else float(self.input_scale)
+
+    def _product(self, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+        if self.exact:
+            product = multiply(rounded.codes, self.weight, keep=False)
+        else:
+            product = rounded.codes.float() @ self.weight.float().T
+        return rescale(product, rounded.scale, self.weight_scale.T, self.bias, dtype)
 
     def dequantize(self) -> torch.Tensor:
         """The weight the codes stand for, fp32 ``[M, N]``, in the basis the inputs come in."""
@@ -174,69 +201,18 @@ class Int8Linear(nn.Module):
         return convrot_weight(weight, self.rotation) if self.rotation else weight
 
     def _rotate(self, rows: torch.Tensor) -> torch.Tensor:
+        if not self.rotation:
+            return rows
         if self.hadamard is None or self.hadamard.device != rows.device or self.hadamard.dtype != rows.dtype:
             self.hadamard = convrot_matrix(self.rotation, rows.dtype).to(rows.device)
         return (rows.reshape(-1, self.rotation) @ self.hadamard).reshape(rows.shape)
 
-    def _round(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes ``[T, N]`` and their scales ``[T, 1]`` or ``[1]``."""
+    def _shared_scale(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """The scale of all rows, ``[1, 1]``; ``None`` where each has its own."""
         if self.input_scale is not None:
-            scale = self.input_scale
-        elif self.activations == "tensor":
-            scale = (rows.abs().amax().float() / INT8.qmax).clamp_(min=_SMALLEST).reshape(1)
-        else:
-            scale = (rows.abs().amax(dim=1, keepdim=True).float() / INT8.qmax).clamp_(min=_SMALLEST)
-        codes = torch.div(rows.float(), scale).round_().clamp_(-128, INT8.qmax).to(torch.int8)
-        return codes, scale
+            return self.input_scale.reshape(1, 1)
+        return tensor_scale(rows) if self.activations == "tensor" and rows.numel() else None
 
     def extra_repr(self) -> str:
         rotated = f", rotation={self.rotation}" if self.rotation else ""
         return f"{self.in_features}, {self.out_features}, activations={self.activations}{rotated}"
-
-
-def int8_product(codes: torch.Tensor, weight: torch.Tensor, *, exact: bool | None = None) -> torch.Tensor:
-    """``codes @ weightᵀ`` of int8 ``[T, N]`` and ``[M, N]``: int32, or fp32 where integers do not multiply.
-
-    Args:
-        exact: multiply integers; tried once a device where ``None``.
-    """
-    if exact is None:
-        exact = int_mm_works(codes.device.type, codes.device.index)
-    return _multiply(codes, weight) if exact else codes.float() @ weight.float().T
-
-
-def _multiply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``codes @ weightᵀ`` in int32, padded to the shapes that CUDA's operator takes."""
-    if codes.device.type != "cuda":
-        if codes.shape[1] == 1:
-            # The operator takes the transpose of a single column for what it is not, and computes nonsense.
-            codes, weight = nn.functional.pad(codes, (0, 1)), nn.functional.pad(weight, (0, 1))
-        return torch._int_mm(codes, weight.t())  # noqa: SLF001  (the public name of this operator)
-    rows, columns, outputs = codes.shape[0], codes.shape[1], weight.shape[0]
-    more = max(_CUDA_ROWS - rows, 0), -columns % _CUDA_MULTIPLE, -outputs % _CUDA_MULTIPLE
-    if any(more):
-        codes = nn.functional.pad(codes, (0, more[1], 0, more[0]))
-        weight = nn.functional.pad(weight, (0, more[1], 0, more[2]))
-    return torch._int_mm(codes, weight.t())[:rows, :outputs]  # noqa: SLF001
-
-
-@cache
-def int_mm_works(device: str, index: int | None = None) -> bool:
-    """Whether ``torch._int_mm`` computes exact products on a device; tried once, on several shapes."""
-    generator = torch.Generator().manual_seed(0)
-    for rows, columns, outputs in ((1, 64, 48), (5, 576, 96), (33, 128, 65), (64, 1536, 64)):
-        a = torch.randint(-128, 128, (rows, columns), generator=generator).to(torch.int8)
-        b = torch.randint(-127, 128, (outputs, columns), generator=generator).to(torch.int8)
-        a[0], b[0] = -128, 127  # the largest sums
-        where = torch.device(device, index) if index is not None else torch.device(device)
-        try:
-            found = _multiply(a.to(where), b.to(where)).cpu()
-        except (RuntimeError, NotImplementedError) as error:
-            log.warning(
-                "INT8 products do not run on %s (%s): codes are multiplied in floating point", where, error
-            )
-            return False
-        if not torch.equal(found.long(), a.long() @ b.long().T):
-            log.warning("INT8 products are wrong on %s: codes are multiplied in floating point", where)
-            return False
-    return True

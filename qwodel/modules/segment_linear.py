@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qwodel.modules.input_rounding import Grid, InputRounding
-from qwodel.modules.int8_linear import int8_product
+from qwodel.modules.int8_arithmetic import int8_product
 from qwodel.modules.weight_codes import WeightCodes
 
 __all__ = [

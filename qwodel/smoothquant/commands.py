@@ -70,7 +70,8 @@ def export_int8_model(
     """
     from qwodel.output import StagedOutput
     from qwodel.progress import Progress
-    from qwodel.smoothquant.export import ExportOptions, export_w8a8, report_of
+    from qwodel.smoothquant.export import export_w8a8, report_of
+    from qwodel.smoothquant.export_options import ExportOptions
     from qwodel.smoothquant.int8_model import local_folder
 
     source = local_folder(model_path)

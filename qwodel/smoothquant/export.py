@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from qwodel.algorithms.data_aware import DataAware
-from qwodel.algorithms.hadamard import MAX_CONVROT_GROUP, convrot_weight
+from qwodel.algorithms.data_aware import DataAware, RoundingReport
 from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.decisions import Action
-from qwodel.checkpoint.model_directory import ModelDirectory
 from qwodel.checkpoint.pipeline import executor_for, make_executor
 from qwodel.checkpoint.plan import Plan, build_plan
-from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE, Recipe
-from qwodel.checkpoint.rounding import FromStatistics, Nearest, Rounding
+from qwodel.checkpoint.recipe import Recipe
+from qwodel.checkpoint.rounding import FromStore, Nearest
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.transformers_layout import TransformersLayout, config_bytes
 from qwodel.checkpoint.verify import LayerQuality, verify
-from qwodel.exceptions import (
-    CalibrationError,
-    ConfigurationError,
-    ConversionError,
-    ValidationError,
-)
-from qwodel.modeling.calibrated import CalibrationOptions, calibration_batches
-from qwodel.modeling.collect import collect_statistics
+from qwodel.modeling.calibrated import calibration_batches, find_codes
 from qwodel.modeling.lazy_model import config_of
+from qwodel.modeling.recorder import is_fused_experts
 from qwodel.modules.int8_linear import Activations
 from qwodel.progress import Progress
 from qwodel.smoothquant.calibration import calibrate, load_activation_scales
-from qwodel.smoothquant.int8_loading import checkpoint_dtype, quantization_config
+from qwodel.smoothquant.export_options import ExportOptions
+from qwodel.smoothquant.input_rotation import rotate_inputs, rotated
+from qwodel.smoothquant.int8_loading import quantization_config
 from qwodel.smoothquant.observe import ActivationStatistics
 from qwodel.smoothquant.read_back import (
     logits_of,
@@ -51,63 +42,14 @@ from qwodel.smoothquant.read_back import (
 )
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import quantizable_layers
-from qwodel.smoothquant.smooth import Alpha, Smoothed, smooth_model
+from qwodel.smoothquant.smooth import Smoothed, smooth_model
+from qwodel.smoothquant.smoothed_checkpoint import load_float, name_of, refuse_conv1d, save_smoothed
+from qwodel.smoothquant.stacked_experts import EXPERT_WEIGHTS, stacked_experts
 
-__all__ = ["ExportOptions", "Exported", "Rotations", "export_w8a8", "report_of"]
+__all__ = ["Exported", "export_w8a8", "report_of"]
 
-log = logging.getLogger(__name__)
-
-Rotations = Literal["none", "folded", "all"]
 _SAMPLED_TOKENS = 256
 _INT8_MAX = 127
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOptions:
-    """How a model becomes W8A8.
-
-    Attributes:
-        activations: a scale a token (``dynamic``), or one a layer from calibration (``static``).
-        alpha, inner_alpha: see :func:`~qwodel.smoothquant.smooth.smooth_model`.
-        rotations: ``folded`` may rotate value heads, which is exact and changes no reader; ``all``
-            rotates the inputs of all layers, which only :class:`Int8ForCausalLM` computes.
-        gptq: round weights by GPTQ.
-        calibration: text to run the model on.
-        act_scales: a file of activation scales, instead of text where α is a number.
-        max_shard_size: bytes a shard.
-    """
-
-    activations: Literal["dynamic", "static"] = "dynamic"
-    alpha: Alpha = "search"
-    inner_alpha: Alpha | None = None
-    rotations: Rotations = "folded"
-    gptq: bool = False
-    calibration: CalibrationOptions | None = None
-    act_scales: Path | None = None
-    max_shard_size: int = DEFAULT_SHARD_SIZE
-
-    def __post_init__(self) -> None:
-        if self.rotations not in ("none", "folded", "all"):
-            raise ConfigurationError(f"rotations are 'none', 'folded' or 'all', not {self.rotations!r}")
-        searches = "search" in (self.alpha, self.inner_alpha)
-        reasons = {
-            "a search of α": searches,
-            "static activations": self.activations == "static",
-            "GPTQ": self.gptq,
-        }
-        needs = [name for name, wanted in reasons.items() if wanted]
-        if self.calibration is None and (needs or self.act_scales is None):
-            raise CalibrationError(
-                f"{needs[0] if needs else 'smoothing'} needs calibration text",
-                hint="pass calibration_dataset, a file or a hub dataset"
-                + ("" if needs else ", or act_scales, a file of activation scales"),
-            )
-
-    @property
-    def scheme(self) -> Scheme:
-        """What weights and inputs are rounded with."""
-        size = MAX_CONVROT_GROUP if self.rotations == "all" else 0
-        return Scheme("channel", "tensor" if self.activations == "static" else "token", size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +58,16 @@ class Exported:
 
     Attributes:
         logits: relative errors: ``int8`` of our INT8 model and ``transformers`` of transformers'
-            reading against the same arithmetic simulated in fp32; ``float`` of that against the source.
+            reading against the same arithmetic simulated in fp32, ``int8_layer`` of our worst layer's outputs
+            given the same inputs; ``float`` of the simulation against the source.
+        rounding: how GPTQ found each layer's codes; empty without it.
     """
 
     plan: Plan
     quality: tuple[LayerQuality, ...]
     smoothed: Smoothed
     logits: Mapping[str, float]
+    rounding: Mapping[str, RoundingReport]
 
 
 def export_w8a8(
@@ -166,8 +111,8 @@ def _export(
 ) -> Exported:
     config = config_of(source)
     progress.stage("calibrate", "loading the model")
-    model = _load(source, config)
-    _refuse_conv1d(model)
+    model = load_float(source, config)
+    refuse_conv1d(model)
     probe = probe_tokens(model)
     original = logits_of(model, probe)
     batches = _batches(source, model, options)
@@ -183,59 +128,23 @@ def _export(
         scheme=scheme,
     )
     del statistics
-    with _rotated(model, scheme):
+    with rotated(model, scheme):
         progress.update(2, 3, "watching the smoothed model")
         scales = _input_scales(model, batches) if options.activations == "static" else {}
-        rounding: Rounding = Nearest()
-        if options.gptq:
-            path = collect_statistics(
-                model, batches, scratch / "inputs.safetensors", layers=list(quantizable_layers(model))
-            )
-            rounding = FromStatistics(path, DataAware("gptq"), "gptq")
-        smooth_folder = scratch / "smoothed"
-        _save(model, source, smooth_folder, config)
-        plan = _plan(model, smooth_folder, rounding, scales, options)
-        target.mkdir()
-        conversion = convert(plan, target, executor=executor_for(torch.device("cpu"), 1), progress=progress)
-        quality = verify(conversion, executor=make_executor(1), progress=progress)
-        if scheme.rotate_inputs:
-            _describe_as_ours(target, plan, scheme)
-        expected = simulate_saved(model, target, plan, scheme, scales, config, probe)
-    compared = {"float": relative_error(expected["int8"], original)}
+        folder = scratch / "smoothed"
+        save_smoothed(model, source, folder, config)
+    plan = _plan(model, folder, scales, options)
     del model
-    logits = {**compared, **read_back(target, scheme, probe, expected)}
-    return Exported(plan, quality, smoothed, logits)
-
-
-def _load(source: Path, config: Mapping[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    if config.get("quantization_config"):
-        raise ValidationError(
-            f"{source.name} is quantized already",
-            hint="start from the original weights; a second quantization loses twice",
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
-    except MemoryError:
-        raise
-    except Exception as error:
-        # transformers raises what its many model classes raise.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "Unrecognized configuration class" in reason or "does not recognize this architecture" in reason:
-            name = next(iter(config.get("architectures") or [config.get("model_type")]))
-            raise ValidationError(
-                f"unsupported model architecture {name}: it is no causal language model"
-            ) from error
-        raise ConversionError(f"transformers cannot load {source.name}: {reason}") from error
-
-
-def _refuse_conv1d(model: nn.Module) -> None:
-    if any(type(each).__name__ == "Conv1D" for each in quantizable_layers(model).values()):
-        raise ValidationError(
-            f"unsupported model architecture {type(model).__name__} for compressed-tensors, which knows no Conv1D",
-            hint="smooth it with smooth_lm and save Int8ForCausalLM.from_float(model), which takes Conv1D",
-        )
+    plan, reports = _with_codes(plan, scratch / "codes", batches, options, progress)
+    target.mkdir()
+    conversion = convert(plan, target, executor=executor_for(torch.device("cpu"), 1), progress=progress)
+    quality = verify(conversion, executor=make_executor(1), progress=progress)
+    expected = simulate_saved(target, plan, scheme, scales, probe)
+    if scheme.rotate_inputs:
+        _describe_as_ours(target, plan, scheme)
+    rounding = relative_error(expected.logits["int8"], original)
+    logits = {"float": rounding, **read_back(target, scheme, probe, expected, rounding)}
+    return Exported(plan, quality, smoothed, logits, reports)
 
 
 def _batches(source: Path, model: Any, options: ExportOptions) -> list[Mapping[str, torch.Tensor]]:
@@ -268,54 +177,8 @@ def _input_scales(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]
     return {name: max(float(peaks[name].amax()) / _INT8_MAX, 1e-12) for name in names if name in peaks}
 
 
-@contextmanager
-def _rotated(model: nn.Module, scheme: Scheme) -> Iterator[None]:
-    """Rotate weights for good, and inputs while the block runs."""
-    hooks = []
-    for layer in quantizable_layers(model).values():
-        size = scheme.rotation(_columns(layer))
-        if size and isinstance(layer.weight, nn.Parameter):
-            layer.weight.data = convrot_weight(layer.weight.data, size)
-            hooks.append(layer.register_forward_pre_hook(partial(_rotate_input, size)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _rotate_input(size: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x = args[0]
-    return (convrot_weight(x.reshape(-1, x.shape[-1]), size).reshape(x.shape).to(x.dtype), *args[1:])
-
-
-def _save(model: Any, source: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Write the smoothed model: what will be quantized in fp32, the rest in the source's dtype."""
-    dtype, keep = checkpoint_dtype(config), {f"{name}.weight" for name in quantizable_layers(model)}
-    head = model.get_output_embeddings()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
-    state = {
-        name: value if name in keep else value.to(dtype) if value.is_floating_point() else value
-        for name, value in model.state_dict().items()
-        if not (
-            tied and value.data_ptr() == head.weight.data_ptr() and name.startswith(_name_of(model, head))
-        )
-    }
-    model.save_pretrained(folder, state_dict=state)
-    for name, path in ModelDirectory.of(source).side_files().items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
-    shutil.copyfile(source / "config.json", folder / "config.json")
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
-
-
-def _plan(
-    model: Any, folder: Path, rounding: Rounding, scales: Mapping[str, float], options: ExportOptions
-) -> Plan:
-    head = _name_of(model, model.get_output_embeddings()) or "lm_head"
+def _plan(model: Any, folder: Path, scales: Mapping[str, float], options: ExportOptions) -> Plan:
+    head = name_of(model, model.get_output_embeddings()) or "lm_head"
     suited = {f"{name}.weight" for name in quantizable_layers(model)}
     others = [
         f"^{re.escape(name)}$"
@@ -324,18 +187,49 @@ def _plan(
     ]
     recipe = Recipe(
         format=storage_format("int8_row"),
-        rounding=rounding,
+        rounding=FromStore(folder, "gptq") if options.gptq else Nearest(),
         filters=(),
         exclude_layers="|".join(
             [rf"(^|\.)({re.escape(head)}|lm_head|gate|router|shared_expert_gate)\.weight$", *others]
         ),
         max_shard_size=options.max_shard_size,
     )
-    if options.activations == "static":
-        layout = TransformersLayout("static", {f"{name}.weight": scale for name, scale in scales.items()})
-    else:
-        layout = TransformersLayout("dynamic")
+    inputs = {f"{name}.weight": scale for name, scale in scales.items()}
+    layout = TransformersLayout(options.activations, inputs, packed_experts=_experts_pack(model))
     return build_plan(folder, recipe, layout)
+
+
+def _experts_pack(model: nn.Module) -> bool:
+    """Whether all stacked experts can be INT8, four codes to an int32."""
+    taken = stacked_experts(model)
+    all_taken = len(taken) == sum(is_fused_experts(module) for module in model.modules())
+    return all_taken and not any(
+        getattr(experts, name).shape[-1] % 4 for experts in taken.values() for name in EXPERT_WEIGHTS
+    )
+
+
+def _with_codes(
+    plan: Plan,
+    folder: Path,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    options: ExportOptions,
+    progress: Progress,
+) -> tuple[Plan, dict[str, RoundingReport]]:
+    """The plan with the codes that GPTQ finds block by block, each block on what quantized ones give."""
+    if not options.gptq:
+        return plan, {}
+    assert options.calibration is not None
+    folder.mkdir()
+    return find_codes(
+        plan,
+        folder,
+        options.calibration,
+        DataAware("gptq"),
+        progress,
+        batches=batches,
+        prepare=lambda model: rotate_inputs(model, options.scheme),
+        even=True,
+    )
 
 
 def _describe_as_ours(target: Path, plan: Plan, scheme: Scheme) -> None:
@@ -344,7 +238,11 @@ def _describe_as_ours(target: Path, plan: Plan, scheme: Scheme) -> None:
     activations: Activations = "token" if scheme.activations == "token" else "static"
     shapes = {each.name.removesuffix(".weight"): each.source.shape for each in plan.tensors}
     config["quantization_config"] = quantization_config(
-        {name: (activations, scheme.rotation(shapes[name][1]) or 0) for name in quantized_layers(plan)}
+        {
+            name: (activations, scheme.rotation(shapes[name][1]) or 0)
+            for name in quantized_layers(plan)
+            if ".experts." not in name
+        }
     )
     (target / "config.json").write_bytes(config_bytes(config))
 
@@ -365,6 +263,7 @@ def report_of(exported: Exported) -> dict[str, Any]:
                 for each in smoothed.pairs
             },
         },
+        "rounding": {layer: asdict(report) for layer, report in exported.rounding.items()},
         "logits": dict(exported.logits),
         "warnings": list(plan.warnings),
     }

@@ -9,10 +9,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from qwodel.checkpoint.packed_int8 import unpack_int8
 from qwodel.exceptions import ConversionError, ValidationError
 from qwodel.modeling.lazy_model import LazyModel
+from qwodel.modeling.recorder import is_fused_experts
+from qwodel.modules.int8_experts import Int8Experts
 from qwodel.modules.int8_linear import Activations, Int8Linear
 from qwodel.safetensors_files import checkpoint_files, read_header
+from qwodel.smoothquant.stacked_experts import EXPERT_WEIGHTS
 
 __all__ = [
     "OWN_FORMAT",
@@ -71,6 +75,8 @@ class Described:
                 hint="make it with the smoothquant backend, or with Int8ForCausalLM.from_float",
             )
         groups = [each for each in found.get("config_groups", {}).values() if _is_int8(each.get("weights"))]
+        # Experts may be described as weights only, since readers other than this one stack them.
+        groups = [each for each in groups if not _for_experts(each)] or groups
         if not groups:
             raise ValidationError(
                 f"{folder} is not quantized to INT8 W8A8: its format is {found.get('format')}",
@@ -103,11 +109,19 @@ def _is_int8(weights: Mapping[str, Any] | None) -> bool:
     )
 
 
+def _for_experts(group: Mapping[str, Any]) -> bool:
+    return all(target.startswith("re:") and "experts" in target for target in group.get("targets", [""]))
+
+
 class TensorReader:
     """Reads tensors by name from the files of a directory."""
 
     def __init__(self, stored: Mapping[str, Path]) -> None:
         self._stored, self._open = stored, dict[Path, Any]()
+        packed = {name.removesuffix("_packed") for name in stored if name.endswith(".weight_packed")}
+        aside = {f"{name}{end}" for name in packed for end in ("_packed", "_shape")}
+        self.names = frozenset(stored.keys() - aside | packed)
+        """Names of tensors; packed INT8 codes have that of their weight."""
 
     def __enter__(self) -> Self:
         return self
@@ -116,6 +130,22 @@ class TensorReader:
         self._open.clear()
 
     def __call__(self, name: str) -> torch.Tensor:
+        """A tensor; codes that lie four to an int32 as int8.
+
+        Raises:
+            ValidationError: they have fewer than 8 bits.
+        """
+        if name in self._stored:
+            return self._stored_tensor(name)
+        codes = unpack_int8(self._stored_tensor(f"{name}_packed"))
+        shape = self._stored_tensor(f"{name}_shape").tolist() if f"{name}_shape" in self._stored else []
+        if shape != list(codes.shape):
+            raise ValidationError(
+                f"{name} is packed, and not from INT8 codes", hint="load it with transformers"
+            )
+        return codes
+
+    def _stored_tensor(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
         path = self._stored[name]
@@ -135,30 +165,16 @@ def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def load_int8(lazy: LazyModel, read: TensorReader, stored: set[str], described: Described) -> None:
-    """Put INT8 layers where the checkpoint has codes, and load everything else."""
+def load_int8(lazy: LazyModel, read: TensorReader, described: Described) -> None:
+    """Put INT8 layers and experts where the checkpoint has codes, and load everything else."""
     model = lazy.model
-    device, dtype = lazy.device, lazy.dtype
     count = 0
     for name, layer in list(model.named_modules()):
-        parts = (
-            lazy.parts(f"{name}.weight") if isinstance(getattr(layer, "weight", None), nn.Parameter) else ()
-        )
-        key = parts[0].key if parts and parts[0].pattern is None else ""
-        if not key or f"{key}_scale" not in stored:
+        made = _experts_of(lazy, name, layer, read) or _linear_of(lazy, name, layer, read, described)
+        if made is None:
             lazy.load_own(layer, name)
             continue
-        bias = lazy.parts(f"{name}.bias")
-        stem = key.removesuffix(".weight")
-        activations, rotation = described.of_layer(stem)
-        scale = f"{stem}.input_scale"
-        if scale in stored:
-            activations = "static"
-        made = _layer_of(
-            read(key), read(f"{key}_scale"), read(bias[0].key) if bias else None, read(scale) if scale in stored else None,
-            activations, rotation, dtype, key,
-        )  # fmt: skip
-        replace_module(model, name, made.to(device))
+        replace_module(model, name, made.to(lazy.device))
         count += 1
     if not count:
         raise ValidationError("the checkpoint holds no INT8 layers", hint="was it quantized to INT8 W8A8?")
@@ -168,6 +184,49 @@ def load_int8(lazy: LazyModel, read: TensorReader, stored: set[str], described: 
             f"the checkpoint has no {missing[0]} (and {len(missing) - 1} more)",
             hint="does config.json belong to these weights?",
         )
+
+
+def _linear_of(
+    lazy: LazyModel, name: str, layer: nn.Module, read: TensorReader, described: Described
+) -> Int8Linear | None:
+    parts = lazy.parts(f"{name}.weight") if isinstance(getattr(layer, "weight", None), nn.Parameter) else ()
+    key = parts[0].key if parts and parts[0].pattern is None else ""
+    if not key or f"{key}_scale" not in read.names:
+        return None
+    bias = lazy.parts(f"{name}.bias")
+    stem = key.removesuffix(".weight")
+    activations, rotation = described.of_layer(stem)
+    scale = f"{stem}.input_scale"
+    if scale in read.names:
+        activations = "static"
+    return _layer_of(
+        read(key), read(f"{key}_scale"), read(bias[0].key) if bias else None,
+        read(scale) if scale in read.names else None, activations, rotation, lazy.dtype, key,
+    )  # fmt: skip
+
+
+def _experts_of(lazy: LazyModel, name: str, layer: nn.Module, read: TensorReader) -> Int8Experts | None:
+    """Stacked experts from codes that are stacked already, or lie expert by expert."""
+    if not is_fused_experts(layer):
+        return None
+    codes = {}
+    for weight in EXPERT_WEIGHTS:
+        parameter = f"{name}.{weight}"
+        keys = [part.key for part in lazy.parts(parameter)]
+        if not keys or any(f"{key}_scale" not in read.names for key in keys):
+            return None
+        values = lazy.assemble(parameter, {key: _int8(read(key), key) for key in keys})
+        scales = lazy.assemble(parameter, {key: read(f"{key}_scale").float() for key in keys})
+        if scales.shape != (*values.shape[:2], 1):
+            raise ValidationError(f"{keys[0]} has scales of {list(scales.shape)}: experts take a scale a row")
+        codes[weight] = values, scales
+    return Int8Experts(layer, codes)
+
+
+def _int8(codes: torch.Tensor, key: str) -> torch.Tensor:
+    if codes.dtype != torch.int8:
+        raise ValidationError(f"{key} is {codes.dtype}, not int8: this is no INT8 W8A8 checkpoint")
+    return codes
 
 
 def _layer_of(
@@ -180,9 +239,7 @@ def _layer_of(
     dtype: torch.dtype,
     key: str,
 ) -> Int8Linear:
-    if codes.dtype != torch.int8:
-        raise ValidationError(f"{key} is {codes.dtype}, not int8: this is no INT8 W8A8 checkpoint")
-    rows, columns = codes.shape
+    rows, columns = _int8(codes, key).shape
     if scale.numel() not in (1, rows):
         raise ValidationError(
             f"{key} has scales of {list(scale.shape)}: an integer product takes rows or the tensor"

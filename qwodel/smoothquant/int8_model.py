@@ -15,6 +15,7 @@ from qwodel.algorithms.quant_types import ROW, TENSOR
 from qwodel.exceptions import ValidationError
 from qwodel.hub import HubModel, looks_like_hub_id
 from qwodel.modeling.lazy_model import config_of, open_lazily
+from qwodel.modules.int8_experts import Int8Experts
 from qwodel.modules.int8_linear import Int8Linear
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.progress import Progress
@@ -30,6 +31,7 @@ from qwodel.smoothquant.int8_loading import (
 )
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import quantizable_layers
+from qwodel.smoothquant.stacked_experts import stacked_experts
 
 __all__ = ["Int8ForCausalLM", "local_folder"]
 
@@ -84,8 +86,10 @@ class Int8ForCausalLM(nn.Module):
         stored = stored_tensors(folder)
         described = Described.of(config, folder)
         with TensorReader(stored) as read:
-            lazy = open_lazily(config, stored, read, dtype=dtype or checkpoint_dtype(config), device=device)
-            load_int8(lazy, read, set(stored), described)
+            lazy = open_lazily(
+                config, read.names, read, dtype=dtype or checkpoint_dtype(config), device=device
+            )
+            load_int8(lazy, read, described)
         model = lazy.model.to(device)
         if (folder / "generation_config.json").is_file():
             from transformers import GenerationConfig
@@ -97,11 +101,12 @@ class Int8ForCausalLM(nn.Module):
     def from_float(
         cls, model: Any, scheme: Scheme | None = None, *, input_scales: Mapping[str, float] | None = None
     ) -> Self:
-        """Round the linear layers of a model (smoothed before) to INT8.
+        """Round the linear layers and stacked experts of a model (smoothed before) to INT8.
 
         Args:
             model: a transformers language model; its layers are replaced, so it becomes the INT8 one.
-            scheme: what shares a scale, and the rotation of inputs.
+            scheme: what shares a scale, and the rotation of inputs; experts always have a scale a row
+                and a token, without rotation.
             input_scales: layer → scale of static activations.
 
         Raises:
@@ -125,6 +130,8 @@ class Int8ForCausalLM(nn.Module):
                     rotation=scheme.rotation(_columns(layer)) or 0,
                 ),
             )
+        for name, experts in stacked_experts(model).items():
+            replace_module(model, name, Int8Experts.from_float(experts))
         return cls(model.eval())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

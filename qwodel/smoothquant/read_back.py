@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.plan import Plan
+from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.transformers_layout import TransformersLayout
 from qwodel.exceptions import IntegrityError
-from qwodel.smoothquant.int8_loading import checkpoint_dtype
+from qwodel.modeling.calibrated import open_checkpoint
+from qwodel.smoothquant.input_rotation import rotate_inputs
 from qwodel.smoothquant.int8_model import Int8ForCausalLM
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import fake_quantized, quantizable_layers
+from qwodel.smoothquant.stacked_experts import stacked_experts
 
-__all__ = ["logits_of", "probe_tokens", "quantized_layers", "read_back", "relative_error", "simulate_saved"]
+__all__ = [
+    "Expected",
+    "logits_of",
+    "probe_tokens",
+    "quantized_layers",
+    "read_back",
+    "relative_error",
+    "simulate_saved",
+]
 
 log = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 32
 _BOUND = 3e-2
-"""Relative difference of logits that inputs at the border between two codes explain."""
+"""Relative difference of logits that inputs at the border between two codes explain, at least."""
+_LAYER_BOUND = 5e-3
+"""The same of one layer's outputs, given the same inputs."""
 _TOKEN_STEPS = {"int8": None, "transformers": 127.5}
 """What each reader divides a token's greatest value by (127 where ``None``)."""
 
@@ -34,59 +50,116 @@ def quantized_layers(plan: Plan) -> list[str]:
     return [each.name.removesuffix(".weight") for each in plan.tensors if each.action is Action.QUANTIZE]
 
 
-def simulate_saved(
-    model: Any,
-    target: Path,
-    plan: Plan,
-    scheme: Scheme,
-    scales: Mapping[str, float],
-    config: Mapping[str, Any],
-    probe: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Logits of the fp32 model with the saved codes' values as weights, and inputs rounded as readers do."""
-    from safetensors import safe_open
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What readers of a directory should compute.
 
-    names, dtype = set(quantized_layers(plan)), checkpoint_dtype(config)
-    decoded: dict[str, torch.Tensor] = {}
-    for file in plan.files:
-        with safe_open(target / file.name, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (not a dictionary)
-                if (stem := key.removesuffix(".weight")) in names and key != stem:
-                    decoded[stem] = opened.get_tensor(key)
-    for file in plan.files:
-        with safe_open(target / file.name, framework="pt") as opened:
-            for stem in names & {key.removesuffix(".weight_scale") for key in opened.keys()}:  # noqa: SIM118
-                decoded[stem] = decoded[stem].float() * opened.get_tensor(f"{stem}.weight_scale")
-    for name, parameter in model.named_parameters():
-        stem = name.removesuffix(".weight")
-        parameter.data = decoded[stem] if stem in decoded else parameter.data.to(dtype).float()
+    Attributes:
+        logits: by reader.
+        layers: name of a layer → what ours is called with, and what it then gives.
+    """
+
+    logits: Mapping[str, torch.Tensor]
+    layers: Mapping[str, tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]]
+
+
+def simulate_saved(
+    target: Path, plan: Plan, scheme: Scheme, scales: Mapping[str, float], probe: torch.Tensor
+) -> Expected:
+    """Run an fp32 model of what the saved codes stand for, with inputs rounded as readers do."""
+    with UnifiedSafetensorsLoader(target, low_memory=True) as reader:
+        lazy = open_checkpoint(target, reader, dtype=torch.float32)
+        lazy.load(lazy.model, "")
+    model = lazy.model
+    model.tie_weights()
+    names = set(quantized_layers(plan))
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in names}
-    # Codes are on the grid already; the rotation of inputs is the model's own hook.
+    experts = isinstance(plan.layout, TransformersLayout) and plan.layout.packed_experts
+    taps = _Taps({**layers, **(stacked_experts(model) if experts else {})})
+    rotate_inputs(model, scheme)
+    # Codes are on the grid already, and the rotation of inputs is the model's own.
     plain = replace(scheme, rotate_inputs=0)
     found = {}
-    for reader, steps in _TOKEN_STEPS.items():
+    for name, steps in _TOKEN_STEPS.items():
+        ours = name == "int8"
         with fake_quantized(
-            model, plain, input_scales=scales or None, layers=layers, weights=False, token_steps=steps
+            model,
+            plain,
+            input_scales=scales or None,
+            layers=layers,
+            weights=False,
+            token_steps=steps,
+            experts=ours and experts,
         ):
-            found[reader] = logits_of(model, probe)
-    return found
+            found[name] = logits_of(model, probe)
+        if ours:
+            taps.remove()
+    return Expected(found, taps.seen)
+
+
+class _Taps:
+    """Remembers what layers are given, before any other hook, and what they return."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.seen: dict[str, tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
+        self._given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._hooks = []
+        for name, layer in layers.items():
+            self._hooks.append(layer.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            self._hooks.append(layer.register_forward_hook(partial(self._after, name)))
+
+    def _before(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._given[name] = args, kwargs
+
+    def _after(self, name: str, _: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.seen[name] = (*self._given.pop(name), output)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 def read_back(
-    target: Path, scheme: Scheme, probe: torch.Tensor, expected: Mapping[str, torch.Tensor]
+    target: Path, scheme: Scheme, probe: torch.Tensor, expected: Expected, rounding: float
 ) -> dict[str, float]:
+    """Load what was written with each reader; return the errors of its logits, and of ours the worst layer's.
+
+    Args:
+        rounding: relative error that rounding makes in the logits. An input at the border between two
+            codes falls one way or the other, and layers behind it amplify that to an error of this size.
+
+    Raises:
+        IntegrityError: a reader fails, or computes something else.
+    """
     ours = Int8ForCausalLM.from_pretrained(target, dtype=torch.float32)
-    found = {"int8": relative_error(logits_of(ours.model, probe), expected["int8"])}
+    worst = _worst_layer(ours.model, expected)
+    found = {"int8": relative_error(logits_of(ours.model, probe), expected.logits["int8"])}
     del ours
     if not scheme.rotate_inputs and (theirs := _transformers(target)) is not None:
-        found["transformers"] = relative_error(logits_of(theirs, probe), expected["transformers"])
+        found["transformers"] = relative_error(logits_of(theirs, probe), expected.logits["transformers"])
+    bound = max(_BOUND, rounding)
     for reader, error in found.items():
-        if not error <= _BOUND:
+        if not error <= bound:
             raise IntegrityError(
                 f"read back by {reader}, the model's logits differ by {error:.2g} from those of its codes "
-                f"(bound {_BOUND:g})"
+                f"(bound {bound:.2g})"
             )
-    return found
+    return {**found, "int8_layer": worst}
+
+
+@torch.no_grad()
+def _worst_layer(model: nn.Module, expected: Expected) -> float:
+    """The greatest relative error of an INT8 layer that is given what the simulation's was given."""
+    worst = 0.0
+    for name, (args, kwargs, output) in expected.layers.items():
+        error = relative_error(model.get_submodule(name)(*args, **kwargs), output)
+        if not error <= _LAYER_BOUND:
+            raise IntegrityError(
+                f"read back, the outputs of {name} differ by {error:.2g} from those of its codes "
+                f"(bound {_LAYER_BOUND:g})"
+            )
+        worst = max(worst, error)
+    return worst
 
 
 def _transformers(target: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from qwodel.algorithms.hadamard import convrot_weight
 from qwodel.modeling.recorder import is_linear
 from qwodel.smoothquant.fake_quant import fake_quantize
 from qwodel.smoothquant.scheme import Scheme
+from qwodel.smoothquant.stacked_experts import fake_quantized_experts
 
 __all__ = ["fake_quantized", "quantizable_layers"]
 
@@ -47,11 +48,12 @@ def fake_quantized(
     layers: Mapping[str, nn.Module] | None = None,
     weights: bool = True,
     token_steps: float | None = None,
+    experts: bool = True,
 ) -> Iterator[None]:
     """Let a model compute with rounded weights and inputs while the block runs; weights come back after.
 
     Args:
-        model: a transformers language model; stacked experts stay as they are.
+        model: a transformers language model.
         scheme: what shares a scale; a channel of weights and a token where ``None``.
         n_bits: bits of weights and inputs.
         input_scales: static scales by layer, for activations with one scale a tensor.
@@ -59,6 +61,7 @@ def fake_quantized(
         weights: ``False`` rounds inputs only.
         token_steps: a token's scale is its greatest value over this; 2ⁿ⁻¹ − 1 where ``None``, and
             2ⁿ⁻¹ − ½ in compressed-tensors.
+        experts: also stacked experts, with a scale a row and a token whatever the scheme.
 
     Raises:
         ConfigurationError: ``n_bits`` outside 2..16.
@@ -82,7 +85,8 @@ def fake_quantized(
             scale = None if input_scales is None else input_scales.get(name)
             hook = partial(_round_input, scheme, rotation, n_bits, scale, token_steps)
             hooks.append(module.register_forward_pre_hook(hook))
-        yield
+        with fake_quantized_experts(model, n_bits=n_bits, weights=weights) if experts else nullcontext():
+            yield
     finally:
         for each in hooks:
             each.remove()

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from qwodel import Quantizer
-from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
+from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityError, ValidationError
 from qwodel.smoothquant import Int8ForCausalLM, compute_activation_scales, save_activation_scales
 from tests.smoothquant.conftest import llama, one_thread, opt, text, tiny_directory
 
@@ -51,6 +51,7 @@ def test_a_directory_that_transformers_and_we_load(
     assert difference(load(folder), exact) < bound
     assert difference(Int8ForCausalLM.from_pretrained(folder), exact) < bound
     assert info["logits"]["int8"] <= 3e-2
+    assert info["logits"]["int8_layer"] <= 1e-3
     assert info["logits"]["transformers"] <= 3e-2
     assert info["smoothing"]["change"] <= 1e-5
     assert info["smoothing"]["undone"] == []
@@ -66,6 +67,25 @@ def test_a_directory_that_transformers_and_we_load(
     assert ("model.layers.0.mlp.down_proj.input_scale" in stored) is static
     assert stored["lm_head.weight"].dtype == torch.float32
     assert transformers.AutoTokenizer.from_pretrained(folder)("w3 w4")["input_ids"] == [6, 7]
+
+
+def test_a_layer_that_computes_something_else_is_found(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_int8 = Int8ForCausalLM.from_pretrained
+
+    def wrong(*args: Any, **kwargs: Any) -> Int8ForCausalLM:
+        loaded = load_int8(*args, **kwargs)
+        loaded.model.model.layers[1].mlp.up_proj.weight_scale.mul_(1.02)
+        return loaded
+
+    monkeypatch.setattr(Int8ForCausalLM, "from_pretrained", wrong)
+    quantizer = Quantizer(
+        "smoothquant", str(llama), tmp_path / "out", alpha=0.5, calibration_dataset=str(text), **SIZES
+    )
+    with pytest.raises(IntegrityError, match=r"outputs of model\.layers\.1\.mlp\.up_proj differ by 0\.02"):
+        quantizer.quantize("w8a8_dynamic")
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_smoothing_is_worth_it(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -166,3 +166,17 @@ def test_a_given_buffer_is_summed_in():
 def test_nothing_seen_is_an_error():
     with pytest.raises(ValidationError, match="no inputs"):
         GramAccumulator(4).result()
+
+
+def test_no_token_counts_for_more_than_the_median_one():
+    layer = torch.nn.Linear(6, 3)
+    inputs = torch.randn(2, 5, 6)
+    inputs[0, 0] *= 1000
+    with InputRecorder({"layer": layer}, even=True) as recorder, torch.no_grad():
+        layer(inputs)
+        recorder.end_pass()
+    (group,) = recorder.groups()
+    rows = inputs.reshape(-1, 6).double()
+    lengths = rows.norm(dim=1, keepdim=True)
+    rows = rows * (lengths.median() / lengths).clamp(max=1)
+    assert torch.allclose(group.sums.result().gram.double(), rows.T @ rows / 10, rtol=1e-5)

@@ -12,8 +12,9 @@ from qwodel.algorithms.hadamard import convrot_matrix
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.scales import quantize
 from qwodel.exceptions import ConfigurationError
-from qwodel.modules import int8_linear
-from qwodel.modules.int8_linear import Int8Linear, int_mm_works
+from qwodel.modules import int8_arithmetic, int8_linear
+from qwodel.modules.int8_arithmetic import int_mm_works, multiply
+from qwodel.modules.int8_linear import Int8Linear
 
 
 def _linear(bias: bool = True) -> nn.Linear:
@@ -96,8 +97,10 @@ def test_a_wrong_product_is_found_and_replaced(monkeypatch: pytest.MonkeyPatch) 
     expected = layer(x)
     wrong = Int8Linear.from_float(_linear())
     int_mm_works.cache_clear()
-    original = int8_linear._multiply
-    monkeypatch.setattr(int8_linear, "_multiply", lambda codes, weight: original(codes, weight) + 1)
+    for module in (int8_linear, int8_arithmetic):
+        monkeypatch.setattr(
+            module, "multiply", lambda codes, weight, **keep: multiply(codes, weight, **keep) + 1
+        )
     try:
         found = wrong(x)
     finally:
@@ -107,11 +110,11 @@ def test_a_wrong_product_is_found_and_replaced(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_missing_operator_is_found_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def absent(codes: torch.Tensor, weight: torch.Tensor, **keep: bool) -> torch.Tensor:
         raise NotImplementedError("no _int_mm here")
 
     int_mm_works.cache_clear()
-    monkeypatch.setattr(int8_linear, "_multiply", absent)
+    monkeypatch.setattr(int8_arithmetic, "multiply", absent)
     try:
         assert not int_mm_works("cpu")
     finally:
@@ -128,8 +131,72 @@ def test_the_padding_for_cuda_changes_nothing() -> None:
 
     a = torch.randint(-128, 128, (3, 13)).to(torch.int8)
     b = torch.randint(-127, 128, (5, 13)).to(torch.int8)
-    found = int8_linear._multiply(a.as_subclass(Codes), b)
+    found = multiply(a.as_subclass(Codes), b)
     assert torch.equal(found.as_subclass(torch.Tensor).long(), a.long() @ b.long().T)
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    rounded: list[int] = []
+
+    def counting(rows: torch.Tensor, scale: torch.Tensor | None = None) -> Any:
+        rounded.append(len(rows))
+        return int8_arithmetic.round_rows(rows, scale)
+
+    monkeypatch.setattr(int8_linear, "round_rows", counting)
+    return rounded
+
+
+def test_layers_that_read_the_same_round_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [Int8Linear.from_float(_linear(bias)) for bias in (True, False)]
+    other = Int8Linear.from_float(_linear(), activations="tensor")
+    x, y = torch.randn(2, 3, 48), torch.randn(2, 3, 48)
+    apart = [layers[0](x), layers[1](x.clone()), other(x.clone()), layers[0](y.clone())]
+    rounded = _counted(monkeypatch)
+    together = [layers[0](x), layers[1](x)]
+    assert len(rounded) == 1
+    together += [other(x), layers[0](y)]
+    assert len(rounded) == 3
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+
+
+def test_an_input_changed_in_place_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Int8Linear.from_float(_linear()), torch.randn(5, 48)
+    rounded = _counted(monkeypatch)
+    before = layer(x)
+    x.mul_(-1)
+    assert torch.allclose(layer(x) + before, 2 * layer.bias.expand(5, -1), atol=1e-6)  # type: ignore[union-attr]
+    with torch.inference_mode():  # tensors made here do not say that they have changed
+        z = torch.randn(5, 48)
+        before = layer(z)
+        z.mul_(-1)
+        assert torch.allclose(layer(z) + before, 2 * layer.bias.expand(5, -1), atol=1e-6)  # type: ignore[union-attr]
+    assert len(rounded) == 4
+
+
+@pytest.mark.parametrize("activations", ["token", "tensor", "static"])
+def test_long_inputs_are_taken_in_parts(activations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = 0.02 if activations == "static" else None
+    layer = Int8Linear.from_float(_linear(), activations=activations, input_scale=scale, rotation=16)
+    x = torch.randn(70, 48) * torch.linspace(0.1, 9, 70)[:, None]
+    whole = layer(x)
+    monkeypatch.setattr(int8_arithmetic, "_AT_ONCE", 48 * 64)
+    monkeypatch.setattr(int8_arithmetic, "_IN_CACHE", 48 * 5)
+    monkeypatch.setattr(int8_arithmetic, "_SMALL", 0)
+    rounded = _counted(monkeypatch)
+    assert torch.equal(layer(x.clone()), whole)
+    assert rounded == [64, 6]
+    assert layer(x[:0]).shape == (0, 21)
+
+
+def test_threads_do_not_share_what_they_keep() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    layers = [Int8Linear.from_float(_linear()), Int8Linear.from_float(nn.Linear(40, 33))]
+    inputs = [torch.randn(64, 48), torch.randn(64, 40)]
+    expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda n: (n % 2, layers[n % 2](inputs[n % 2])), range(60)))
+    assert all(torch.equal(value, expected[which]) for which, value in found)
 
 
 def test_what_cannot_be_is_refused() -> None:

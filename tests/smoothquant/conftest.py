@@ -31,7 +31,7 @@ def with_outliers(model: Any) -> Any:
     """Make two channels of every norm large, as trained models have them."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
+            if "norm" in name and name.endswith("weight") and len(parameter) > 17:
                 parameter[[3, 17]] += 30
     return model
 
