@@ -28,7 +28,9 @@ _ASYMMETRY = 0.5
 """One side's reach as a share of the other's, up to which two scales are worth trying."""
 _SPLIT_GAIN = 0.9
 """What the error must fall to before each output segment gets a smoothing, and a product, of its own."""
+_PRODUCTS_PRICE = 1.05
 _RANK_SHARE = 4
+"""A branch has at most this part of a layer's smaller side for its rank."""
 _CLIPS = tuple(1 - 0.05 * step for step in range(1, 15))
 
 
@@ -188,7 +190,7 @@ class _Search:
         return best
 
     def _least(self, plans: Sequence[_Plan]) -> _Made:
-        return min((self._made(plan) for plan in plans), key=lambda made: made.error)
+        return min((self._made(plan) for plan in plans), key=_price)
 
     def _made(self, plan: _Plan) -> _Made:
         if plan not in self._settled:
@@ -330,6 +332,12 @@ class _Search:
             rows = branch.smoothed(_thin(self.problem.inputs.fit, _SEARCH_ROWS))
             _clip(rounding, least, most, rows, branch.weight.square().sum(dim=0))
         return rounding
+
+
+def _price(made: _Made) -> float:
+    """The error, a little more where inputs need several products: they have to earn them."""
+    several = len(made.plan.sizes) > 1 or made.plan.polarity is Polarity.TWO
+    return made.error * (_PRODUCTS_PRICE if several else 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
