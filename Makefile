@@ -20,7 +20,7 @@ $(VENV)/.gguf: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.gguf
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet --constraint constraints.txt --editable '.[awq,coreml,gguf,fp8,int8,smoothquant,dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet --constraint constraints.txt --editable '.[awq,coreml,gguf,fp8,int8,segquant,smoothquant,dev]'
 	@touch $@
 
 quickstart: $(VENV)/.gguf  ## quantize a small model to GGUF and let it speak

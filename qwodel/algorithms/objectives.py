@@ -65,7 +65,7 @@ class GramObjective(Objective):
 
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gradient = error @ self.gram
-        loss = (gradient.double() * error).sum(dim=1).clamp_(min=0).sqrt()
+        loss = (gradient * error).sum(dim=1, dtype=torch.float64).clamp_(min=0).sqrt()
         return loss, gradient
 
     def curvature(self) -> torch.Tensor:
@@ -86,7 +86,7 @@ class ChannelObjective(Objective):
 
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gradient = error * self.weights
-        return (gradient.double() * error).sum(dim=1).sqrt(), gradient
+        return (gradient * error).sum(dim=1, dtype=torch.float64).sqrt(), gradient
 
     def curvature(self) -> torch.Tensor:
         return self.weights

@@ -207,7 +207,7 @@ class TorchOptimizer(UpdateRule):
             displacement.copy_((origin.position - problem.target) / self._step)
         slope = origin.gradient * problem.scale * self._step
         # Only ratios of gradients count, and a mean square of 1 keeps epsilon out of them.
-        displacement.grad = slope / slope.double().square().mean().sqrt().clamp_(min=1e-30).float()
+        displacement.grad = slope / slope.square().mean(dtype=torch.float64).sqrt().clamp_(min=1e-30).float()
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate(lr)
         self._optimizer.step()

@@ -1,7 +1,4 @@
-"""SegQuant: diffusion models quantized along the seams of their graph.
-
-https://arxiv.org/abs/2507.14811.
-"""
+"""SegQuant: diffusion models quantized along the seams of their graph, https://arxiv.org/abs/2507.14811."""
 
 from __future__ import annotations
 
@@ -9,31 +6,70 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwodel.modeling.patterns import SegPattern
+    from qwodel.segquant.affiner import (
+        Affiner,
+        AffinerProtocol,
+        BlockwiseAffiner,
+        PTQDAffiner,
+        TACAffiner,
+        attach_affiner,
+        load_affiner,
+    )
+    from qwodel.segquant.calibration_set import BaseCalibSet, load_calibrate_set
     from qwodel.segquant.config import Calibrate, DType, Optimum, default_quantize_config
     from qwodel.segquant.quantize import LayerReport, QuantizationReport, quantize, quantize_model
+    from qwodel.segquant.recording import generate_calibrate_set
+    from qwodel.segquant.samplers import AllSampler, NormalSampler, Sampler, TimestepSampler, UniformSampler
     from qwodel.segquant.storage import load_quantized, save_quantized
 
 __all__ = [
+    "Affiner",
+    "AffinerProtocol",
+    "AllSampler",
+    "BaseCalibSet",
+    "BlockwiseAffiner",
     "Calibrate",
     "DType",
     "LayerReport",
+    "NormalSampler",
     "Optimum",
+    "PTQDAffiner",
     "QuantizationReport",
+    "Sampler",
     "SegPattern",
+    "TACAffiner",
+    "TimestepSampler",
+    "UniformSampler",
+    "attach_affiner",
     "default_quantize_config",
+    "generate_calibrate_set",
+    "load_affiner",
+    "load_calibrate_set",
     "load_quantized",
     "quantize",
     "quantize_model",
     "save_quantized",
 ]
 
-_HOME = {
-    **dict.fromkeys(("Calibrate", "DType", "Optimum", "default_quantize_config"), "segquant.config"),
-    **dict.fromkeys(("LayerReport", "QuantizationReport", "quantize_model"), "segquant.quantize"),
-    **dict.fromkeys(("load_quantized", "save_quantized"), "segquant.storage"),
-    "SegPattern": "modeling.patterns",
-    "quantize": "segquant.quantize",
+_MEMBERS = {
+    "modeling.patterns": ("SegPattern",),
+    "segquant.affiner": (
+        "Affiner",
+        "AffinerProtocol",
+        "BlockwiseAffiner",
+        "PTQDAffiner",
+        "TACAffiner",
+        "attach_affiner",
+        "load_affiner",
+    ),
+    "segquant.calibration_set": ("BaseCalibSet", "load_calibrate_set"),
+    "segquant.config": ("Calibrate", "DType", "Optimum", "default_quantize_config"),
+    "segquant.quantize": ("LayerReport", "QuantizationReport", "quantize", "quantize_model"),
+    "segquant.recording": ("generate_calibrate_set",),
+    "segquant.samplers": ("AllSampler", "NormalSampler", "Sampler", "TimestepSampler", "UniformSampler"),
+    "segquant.storage": ("load_quantized", "save_quantized"),
 }
+_HOME = {name: home for home, names in _MEMBERS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,13 +21,14 @@ _MOVE = _SPLIT | _words(
     "view reshape unsafe_view flatten unflatten transpose swapaxes swapdims permute movedim moveaxis t T mT"
     " squeeze unsqueeze expand slice select getitem narrow"
 )
-_ELEMENTWISE = _words("add sub rsub mul div neg pow square abs clamp clamp_min clamp_max clip")
+_ELEMENTWISE = _words("add sub rsub mul div neg pow square sqrt abs exp tanh clamp clamp_min clamp_max clip")
 _ACTIVATIONS = _words(
     "silu gelu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid softplus sigmoid"
     " leakyrelu prelu rrelu logsigmoid log_sigmoid"
 )
 _GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
 _SHAPED_GELU = ("tanh", "erf")  # gelu written out, exactly or by its approximation
+_IN_SCALAR_CHAINS = _ELEMENTWISE | _IDENTITY | {"sigmoid", *_SHAPED_GELU}
 
 
 def is_identity(operation: Operation) -> bool:

@@ -174,10 +174,12 @@ def _joins_of_cat(operation: Operation, value: Value) -> Iterator[_Join]:
 def _joins_of_move(operation: Operation, value: Value) -> Iterator[_Join]:
     source = operation.inputs()[0]
     place = operation.output_of(value)
+    stacked = False
     for join in _joins(source):
+        stacked |= join.pattern is SegPattern.STACK2LINEAR
         yield _Join(join.pattern, join.source, operation.replay(source, join.labels)[place])
     rows = _merged_rows(source.shape, value.shape) if operation.name in _RESHAPES else 0
-    if rows:
+    if rows and not stacked:  # the rows of a stack are its parts
         labels = torch.arange(rows).repeat_interleave(value.shape[-1] // rows)
         what = f"{operation.name} of {rows}×{value.shape[-1] // rows}"
         yield _Join(SegPattern.RESHAPE2LINEAR, what, _spread(labels, value.shape, len(value.shape) - 1))
