@@ -55,7 +55,9 @@ def sample(pipe: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     return torch.from_numpy(
-        pipe(class_labels=[1], num_inference_steps=3, guidance_scale=1.0, generator=generator, output_type="np").images
+        pipe(
+            class_labels=[1], num_inference_steps=3, guidance_scale=1.0, generator=generator, output_type="np"
+        ).images
     )
 
 
@@ -112,7 +114,9 @@ def test_a_model_alone_with_a_stored_calibration_set(pipeline: Path, tmp_path: P
     assert (folder / "qwodel.manifest.json").is_file()
 
 
-def test_what_is_read_back_is_compared(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_back_is_compared(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import qwodel.segquant.export as export
 
     def damaged(path: Path, **options: Any) -> Any:
