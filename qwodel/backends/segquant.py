@@ -230,7 +230,8 @@ def configuration(spec: FormatSpec, options: SegQuantOptions) -> Any:
     inputs, weights = _ROUNDING[spec.name]
     opt: dict[str, Any] = {"type": options.optimum}
     if options.optimum != "default":
-        opt |= {"search_alpha_config": {}} if options.alpha == "search" else {"alpha": options.alpha}
+        search: dict[str, Any] = {"search_alpha_config": {}}
+        opt |= search if options.alpha == "search" else {"alpha": options.alpha}
     if options.optimum == "svd":
         opt["low_rank"] = options.low_rank
     default = {

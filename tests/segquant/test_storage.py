@@ -48,7 +48,7 @@ def test_state_dicts_are_complete(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("target", ["model.safetensors", "folder"])
 def test_what_is_saved_comes_back_bit_for_bit(target: str, model: nn.Module, tmp_path: Path) -> None:
-    path = save_quantized(model, tmp_path / target, max_shard_size=40_000)
+    path = save_quantized(model, tmp_path / target, max_shard_size=20_000)
     loaded = load_quantized(path, toy(7))
     assert torch.equal(outputs(loaded, HELD), outputs(model, HELD))
     before, after = model.state_dict(), loaded.state_dict()
