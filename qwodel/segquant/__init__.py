@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,15 +75,21 @@ _MEMBERS = {
 _HOME = {name: home for home, names in _MEMBERS.items() for name in names}
 
 
+class _Package(ModuleType):
+    """Gives ``quantize`` to the function, whoever imports the submodule of that name first."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qwodel.segquant' has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"qwodel.{_HOME[name]}"), name)
-    # The import has bound the submodule's name, which for some is also the function's.
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"qwodel.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

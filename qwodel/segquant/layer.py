@@ -24,6 +24,8 @@ def is_target(layer: nn.Module, settings: LayerSettings) -> str | None:
     """Why a layer is left alone, or ``None`` where it is to be quantized."""
     if not settings.enable:
         return "enable is off"
+    if not any(type(layer).forward is each.forward for each in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return f"{type(layer).__name__} computes in a way of its own"
     if not isinstance(layer, nn.Linear):
         return None if settings.conv else "conv is off"
     return None

@@ -105,11 +105,38 @@ def test_held_out_trajectories_come_nearer(
     assert not real.denoiser._forward_hooks
 
 
+def _identities() -> tuple[Sampling, Sampling]:
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
+    class Identity(nn.Module):
+        def forward(self, sample: torch.Tensor, timestep: Any) -> Any:
+            return UNet2DOutput(sample=sample)
+
+    return Sampling(Identity()), Sampling(Identity())
+
+
 def test_a_good_denoiser_is_left_alone(models: tuple[Sampling, Sampling]) -> None:
     real, _ = models
     affiner = _learn((real, Sampling(copy.deepcopy(real.denoiser))))
     noise = torch.randn(1, 3, 8, 8)
     torch.testing.assert_close(affiner.correct(affiner.timesteps[2], noise), noise, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("second", "shift"), [(0.3, 0.4 * 0.88), (-0.3, 0.0)])
+def test_only_an_error_that_both_halves_share_is_corrected(second: float, shift: float) -> None:
+    """What either half teaches serves the other best at a share of (0.5·e + e·0.5)/(0.5² + e²), here 0.88."""
+    affiner = load_affiner(_config(), [()], *_identities(), latents=_latents(1))
+    generator = torch.Generator().manual_seed(0)
+    for run, error in enumerate((0.5, second)):
+        real = torch.randn(64, 3, 8, 8, generator=generator)
+        affiner.start_run(run)
+        affiner.observe(10.0, real, real + error)
+    affiner.solve()
+    x = torch.randn(1, 3, 8, 8, generator=generator)
+    change = affiner.correct(10.0, x) - x
+    assert float(change.mean()) == pytest.approx(-shift, abs=0.02)
+    if not shift:
+        assert not change.any()
 
 
 def test_both_models_are_given_the_same_latents(models: tuple[Sampling, Sampling]) -> None:

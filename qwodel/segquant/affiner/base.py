@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from contextlib import AbstractContextManager
@@ -25,8 +24,6 @@ HEADER = "qwodel_affiner"
 Solution = tuple[torch.Tensor, torch.Tensor]
 """Gain and bias, ``[C, *blocks]``."""
 
-_log = logging.getLogger(__name__)
-
 
 class Affiner(ABC):
     """Learns, for each timestep, how to bring a quantized denoiser's output nearer to the real one.
@@ -41,7 +38,7 @@ class Affiner(ABC):
         self._solver: Any = config.solver()
         self.timesteps: list[float] = []
         self._folds: dict[float, list[Moments | None]] = {}
-        self._turns: dict[float, int] = {}
+        self._fold = 0
         self._solutions: dict[float, Solution] = {}
 
     @property
@@ -64,6 +61,10 @@ class Affiner(ABC):
         """Return which elements are corrected; ``None`` for all."""
         return None
 
+    def start_run(self, number: int) -> None:
+        """Say that what is observed next is sampling run ``number``, from 0."""
+        self._fold = number % 2
+
     def observe(self, timestep: float, real: torch.Tensor, quant: torch.Tensor) -> None:
         """Learn from what both models say at ``timestep`` of the same latents.
 
@@ -76,42 +77,39 @@ class Affiner(ABC):
         """
         sums = self._sums(channels_first(real).float(), channels_first(quant).float())
         folds = self._folds.setdefault(timestep, [None, None])
-        turn = self._turns.get(timestep, 0) % 2
-        held = folds[turn]
+        held = folds[self._fold]
         if any(each is not None and each.s0.shape != sums.s0.shape for each in folds):
             raise CalibrationError(
                 "the samples have different sizes, and blocks cannot be told apart",
                 hint="learn from samples of one size; others are corrected by position",
             )
-        folds[turn] = sums if held is None else held + sums
-        self._turns[timestep] = turn + 1
+        folds[self._fold] = sums if held is None else held + sums
 
     def solve(self) -> None:
         """Solve for every timestep observed.
 
-        Samples are taken in two halves in turns. What is learned from either is scaled to the share,
-        from 0 to 1, that serves the other best; the correction of all takes that share.
+        Runs with even and odd numbers make two halves. What is learned from either is scaled to the
+        share, from 0 to 1, that serves the other best; the correction of all takes that share.
         """
-        for timestep, (first, second) in sorted(self._folds.items()):
-            if first is None:
-                continue
-            share, total = 1.0, first
-            if second is not None:
-                total = first + second
-                terms = [
-                    share_terms(*self._solve(first), second),
-                    share_terms(*self._solve(second), first),
-                ]
-                along, square = (sum(column) for column in zip(*terms, strict=True))
-                share = min(max(along / square, 0.0), 1.0) if square > 0 else 0.0
+        for timestep, folds in sorted(self._folds.items()):
+            halves = [each for each in folds if each is not None]
+            total = sum(halves[1:], start=halves[0])
             gain, bias = self._solve(total)
+            share = self._share(*halves) if len(halves) == 2 else 1.0
             scale = share * float(self._solver.scale)
-            self._solutions[timestep] = (1 + scale * (gain - 1)).float(), (scale * bias).float()
+            gain, bias = 1 + scale * (gain - 1), scale * bias
+            self._solutions[timestep] = gain.float(), bias.float()
             if self._solver.verbose:
-                one, none = torch.ones_like(gain), torch.zeros_like(bias)
-                before, after = total.error(one, none).sum(), total.error(gain, bias).sum()
-                _log.warning("timestep %g: error %.3g → %.3g, share %.2f", timestep, before, after, share)
+                before = total.error(torch.ones_like(gain), torch.zeros_like(bias))
+                error = float(total.error(gain, bias).sum() / before.sum().clamp_min(1e-30))
+                print(f"timestep {timestep:g}: {error:.0%} of the error is left, share {share:.2f}")
         self.timesteps = sorted({*self.timesteps, *self._solutions})
+
+    def _share(self, first: Moments, second: Moments) -> float:
+        """Return the share of a correction that suits runs it was not learned from."""
+        terms = [share_terms(*self._solve(first), second), share_terms(*self._solve(second), first)]
+        along, square = (sum(column) for column in zip(*terms, strict=True))
+        return min(max(along / square, 0.0), 1.0) if square > 0 else 0.0
 
     def skip(self, timestep: float) -> None:
         """Note a timestep that is not to be corrected."""

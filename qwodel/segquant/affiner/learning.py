@@ -118,6 +118,8 @@ def _learn(
         kwargs = {**defaults, **kwargs}
         if latents is not None:
             kwargs["latents"] = latents[run]
+        if isinstance(affiner, Affiner):
+            affiner.start_run(run)
         lesson = _Lesson(affiner, settings, quantized)
         handle = watched.register_forward_hook(lesson.hook, with_kwargs=True)
         try:
