@@ -28,7 +28,9 @@ _ASYMMETRY = 0.5
 """One side's reach as a share of the other's, up to which two scales are worth trying."""
 _SPLIT_GAIN = 0.9
 """What the error must fall to before each output segment gets a smoothing, and a product, of its own."""
+_PRODUCTS_PRICE = 1.05
 _RANK_SHARE = 4
+"""A branch has at most this part of a layer's smaller side for its rank."""
 _CLIPS = tuple(1 - 0.05 * step for step in range(1, 15))
 
 
@@ -66,7 +68,7 @@ class Problem:
         cut: segments of outputs and inputs.
         activated: an activation function feeds the layer.
         smoothing: what inputs are divided by and the α it came from, where that is settled already.
-        dtype: what a low-rank branch is stored in.
+        dtype: of the layer; a low-rank branch is stored in bf16 where it is that, else in fp16.
     """
 
     name: str
@@ -188,7 +190,7 @@ class _Search:
         return best
 
     def _least(self, plans: Sequence[_Plan]) -> _Made:
-        return min((self._made(plan) for plan in plans), key=lambda made: made.error)
+        return min((self._made(plan) for plan in plans), key=_price)
 
     def _made(self, plan: _Plan) -> _Made:
         if plan not in self._settled:
@@ -255,7 +257,7 @@ class _Search:
         made = best
         for rounds in range(1, self.opt.iterations + 1):
             codes = made.product.weight.values()
-            factors = low_rank(branch.weight - codes, branch.rank, exact, dtype=self._precision())
+            factors = self._factors(branch.weight - codes, branch.rank, exact)
             made = self._make(replace(made.plan, rounds=rounds), held, factors)
             if made.error < best.error or not self.opt.keep_best:
                 best = made
@@ -274,16 +276,12 @@ class _Search:
             fit = rounding(branch.smoothed(self.problem.inputs.fit))
             metric = fit.T @ fit / len(fit)
         factors = factors or branch.factors
-        left = branch.weight if factors is None else branch.weight - (factors[0] @ factors[1]).float()
+        left = branch.weight if factors is None else branch.weight - factors[0].float() @ factors[1].float()
         codes = round_weight(
             left, settings.weight_quant, self.calib, WeightCut(self.problem.cut.outputs, plan.sizes),
             gram=metric, search=plan.fitted, solve=plan.solved,
         )  # fmt: skip
-        up, down = (
-            (None, None)
-            if factors is None
-            else (each.to(self.problem.dtype).contiguous() for each in factors)
-        )
+        up, down = factors or (None, None)
         product = SegmentProduct(rounding, codes, smoothing=branch.smoothing, up=up, down=down)
         error = self._error(product, rows)
         self.tried[str(plan)] = error
@@ -299,8 +297,16 @@ class _Search:
         target = self._target(rows)
         return float((product(rows) - target).square().sum() / target.square().sum().clamp_min(1e-30))
 
-    def _precision(self) -> torch.dtype:
-        return torch.float64 if self.opt.precision == "float64" else torch.float32
+    def _factors(
+        self, weight: torch.Tensor, rank: int, gram: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A low-rank branch in 16 bits: codes take in what its rounding leaves."""
+        precision = torch.float64 if self.opt.precision == "float64" else torch.float32
+        up, down = low_rank(weight, rank, gram, dtype=precision)
+        # Factors of equal size stay far from the ends of fp16.
+        balance = (up.abs().amax(dim=0) / down.abs().amax(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+        stored = torch.bfloat16 if self.problem.dtype == torch.bfloat16 else torch.float16
+        return (up / balance).to(stored).contiguous(), (down * balance[:, None]).to(stored).contiguous()
 
     def _branch(self, alpha: float | None) -> _Branch:
         if alpha not in self._branches:
@@ -313,7 +319,7 @@ class _Search:
         # A branch of full rank would be the layer itself in floating point.
         rank = max(min(self.opt.low_rank, min(weight.shape) // _RANK_SHARE), 1)
         svd = self.opt.type is Optimum.SVD
-        factors = low_rank(weight, rank, dtype=self._precision()) if svd else None
+        factors = self._factors(weight, rank) if svd else None
         return _Branch(weight, smoothing, rank, factors)
 
     def _inputs(self, plan: _Plan, branch: _Branch) -> InputRounding:
@@ -330,6 +336,12 @@ class _Search:
             rows = branch.smoothed(_thin(self.problem.inputs.fit, _SEARCH_ROWS))
             _clip(rounding, least, most, rows, branch.weight.square().sum(dim=0))
         return rounding
+
+
+def _price(made: _Made) -> float:
+    """The error, a little more where inputs need several products: they have to earn them."""
+    several = len(made.plan.sizes) > 1 or made.plan.polarity is Polarity.TWO
+    return made.error * (_PRODUCTS_PRICE if several else 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -107,7 +107,7 @@ def test_a_terminal_gets_a_live_bar(stories15m: Path, tmp_path: Path) -> None:
         (("quantize", "./nowhere", "-b", "gguf", "-f", "Q8_0"), 2, "nowhere does not exist"),
         (("quantize", "{model}", "-b", "gguf", "-f", "Q8_0", "-O", "pur=1"), 2, "did you mean 'pure'?"),
         (("quantize", "{model}", "-b", "gguf", "-f", "Q8_0", "-O", "pure"), 2, "is not KEY=VALUE"),
-        (("quantize", "{model}", "-b", "segquant", "-f", "int4"), 2, "no adapter for the segquant"),
+        (("quantize", "{model}", "-b", "segquant", "-f", "w8a8"), 2, "no model or pipeline of diffusers"),
         (
             ("quantize", "{model}", "-b", "coreml", "-f", "int4", "-O", "deployment_target=iOS16"),
             2,
