@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     )
     from qwodel.segquant.calibration_set import BaseCalibSet, load_calibrate_set
     from qwodel.segquant.config import Calibrate, DType, Optimum, default_quantize_config
-    from qwodel.segquant.quantize import LayerReport, QuantizationReport, quantize, quantize_model
+    from qwodel.segquant.quantization import LayerReport, QuantizationReport, quantize, quantize_model
     from qwodel.segquant.recording import generate_calibrate_set
     from qwodel.segquant.samplers import AllSampler, NormalSampler, Sampler, TimestepSampler, UniformSampler
     from qwodel.segquant.storage import load_quantized, save_quantized
@@ -67,23 +65,12 @@ _MEMBERS = {
     ),
     "segquant.calibration_set": ("BaseCalibSet", "load_calibrate_set"),
     "segquant.config": ("Calibrate", "DType", "Optimum", "default_quantize_config"),
-    "segquant.quantize": ("LayerReport", "QuantizationReport", "quantize", "quantize_model"),
+    "segquant.quantization": ("LayerReport", "QuantizationReport", "quantize", "quantize_model"),
     "segquant.recording": ("generate_calibrate_set",),
     "segquant.samplers": ("AllSampler", "NormalSampler", "Sampler", "TimestepSampler", "UniformSampler"),
     "segquant.storage": ("load_quantized", "save_quantized"),
 }
 _HOME = {name: home for home, names in _MEMBERS.items() for name in names}
-
-
-class _Package(ModuleType):
-    """Gives ``quantize`` to the function, whoever imports the submodule of that name first."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
