@@ -12,6 +12,7 @@ from torch import nn
 
 from qwodel.exceptions import ValidationError
 from qwodel.modeling.fold import fold_scales, kept_weights
+from qwodel.modeling.norm_readers import find_norm_readers
 from qwodel.modeling.pairs import Pair, input_weight, make_pair
 from qwodel.modeling.wiring_table import Kind
 
@@ -97,37 +98,18 @@ def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
 
 def _observe(model: Any, probe: torch.Tensor) -> tuple[dict[str, list[str]], list[str]]:
     """Return norm → the matrices that read its output, and the linear layers that read none."""
-    produced: dict[tuple[int, int], str] = {}
-    alive: list[torch.Tensor] = []  # so that no address is used twice
-    readers: defaultdict[str, list[str]] = defaultdict(list)
-    inner: list[str] = []
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            weight = getattr(module, "weight", None)
-            if "norm" in type(module).__name__.casefold() and isinstance(output, torch.Tensor):
-                alive.append(output)
-                produced[output.data_ptr(), output.numel()] = name
-            elif isinstance(weight, nn.Parameter) and weight.ndim == 2 and module is not head:
-                value = inputs[0] if inputs else next(iter(kwargs.values()), None)
-                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                    return
-                norm = produced.get((value.data_ptr(), value.numel()))
-                (readers[norm] if norm else inner).append(name)
+    def is_reader(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return isinstance(weight, nn.Parameter) and weight.ndim == 2 and module is not head
 
-        return hook
-
-    hooks = [
-        module.register_forward_hook(watch(name, module), with_kwargs=True)
-        for name, module in model.named_modules()
-    ]
-    try:
-        _logits(model, probe)
-    finally:
-        for each in hooks:
-            each.remove()
-    return dict(readers), inner
+    return find_norm_readers(
+        model,
+        lambda: _logits(model, probe),
+        is_norm=lambda module: "norm" in type(module).__name__.casefold(),
+        is_reader=is_reader,
+    )
 
 
 def _pattern(name: str) -> str:

@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from qwodel.modeling.norm_readers import find_norm_readers
 from qwodel.modules.input_rounding import InputRounding
 from qwodel.modules.segment_linear import SegmentLinear
 from qwodel.segquant.batches import Call, run_call, tensors_of
@@ -93,31 +93,12 @@ def is_affine_norm(module: nn.Module) -> bool:
 @torch.no_grad()
 def norm_readers(model: nn.Module, call: Call) -> dict[str, list[str]]:
     """Norm → the linear layers that read exactly what it gives."""
-    produced: dict[tuple[int, int], str] = {}
-    alive: list[torch.Tensor] = []  # so that no address is used twice
-    readers: dict[str, list[str]] = {}
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if is_affine_norm(module) and isinstance(output, torch.Tensor):
-                alive.append(output)
-                produced[output.data_ptr(), output.numel()] = name
-            elif isinstance(module, nn.Linear | SegmentLinear):
-                value = args[0] if args else next(iter(kwargs.values()), None)
-                if isinstance(value, torch.Tensor) and (value.data_ptr(), value.numel()) in produced:
-                    readers.setdefault(produced[value.data_ptr(), value.numel()], []).append(name)
-
-        return hook
-
-    hooks = [
-        module.register_forward_hook(watch(name, module), with_kwargs=True)
-        for name, module in model.named_modules()
-    ]
-    try:
-        run_call(model, call)
-    finally:
-        for each in hooks:
-            each.remove()
+    readers, _ = find_norm_readers(
+        model,
+        lambda: run_call(model, call),
+        is_norm=is_affine_norm,
+        is_reader=lambda module: isinstance(module, nn.Linear | SegmentLinear),
+    )
     return readers
 
 
