@@ -197,11 +197,17 @@ class _Work:
 
     def install(self, name: str, made: nn.Module) -> None:
         """Put a layer wherever the model holds the one it replaces."""
-        old = self.layers[name]
+        self._exchange(self.layers[name], made)
+
+    def restore(self, name: str, made: nn.Module) -> None:
+        """Undo :meth:`install`."""
+        self._exchange(made, self.layers[name])
+
+    def _exchange(self, old: nn.Module, new: nn.Module) -> None:
         for parent in list(self.model.modules()):
             for child, module in list(parent.named_children()):
                 if module is old:
-                    setattr(parent, child, made)
+                    setattr(parent, child, new)
 
 
 def _targets(model: nn.Module, settings: Configuration, report: QuantizationReport) -> dict[str, nn.Module]:
@@ -291,8 +297,15 @@ def _all_in_step(work: _Work, calls: Sequence[Call], repeated: Sequence[str]) ->
 
 
 def _one_by_one(work: _Work, calls: Sequence[Call]) -> None:
-    for name in work.layers:
-        work.install(name, work.solve(name, _record(work, [name], calls)[name]))
+    made: dict[str, nn.Module] = {}
+    try:
+        for name in work.layers:
+            made[name] = work.solve(name, _record(work, [name], calls)[name])
+            work.install(name, made[name])
+    except BaseException:
+        for name, module in made.items():
+            work.restore(name, module)
+        raise
 
 
 def _record(work: _Work, names: Sequence[str], calls: Sequence[Call]) -> dict[str, LayerInputs]:

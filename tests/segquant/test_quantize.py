@@ -63,6 +63,19 @@ def test_a_copy_by_option() -> None:
     assert torch.equal(outputs(model, HELD), outputs(toy(), HELD))
 
 
+@pytest.mark.parametrize("per_layer_mode", [False, True])
+def test_a_run_that_ends_midway_leaves_the_model_as_it_was(per_layer_mode: bool) -> None:
+    model = toy()
+
+    def stop(done: int, *_: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, DATA, per_layer_mode=per_layer_mode, on_layer=stop)
+    assert torch.equal(outputs(model, HELD), outputs(toy(), HELD))
+
+
 def test_optima_and_calibrations_are_worth_it(exact: torch.Tensor) -> None:
     plain = quality(exact, **PLAIN)
     seams = quality(exact, opt={"type": "default"})
