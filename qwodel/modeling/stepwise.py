@@ -124,7 +124,7 @@ class _Pass(greenlet):
 def _stopping(units: Sequence[nn.Module], run: object) -> Iterator[None]:
     """Make each unit's ``forward`` wait for the driver of its run; calls from the driver itself go through."""
     original = {unit: unit.forward for unit in units}
-    own = {unit: unit.__dict__.get("forward") for unit in units}
+    own = {unit: vars(unit).get("forward") for unit in units}
 
     def stop_at(unit: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -141,7 +141,6 @@ def _stopping(units: Sequence[nn.Module], run: object) -> Iterator[None]:
         yield
     finally:
         for unit in units:
-            if own[unit] is None:
-                del unit.forward
-            else:
-                unit.forward = own[unit]
+            del unit.forward
+            if (before := own[unit]) is not None:
+                unit.forward = before
