@@ -31,19 +31,20 @@ class _Builtin(NamedTuple):
 
 
 _TORCH = {"torch": "torch"}
+_IN_STEP = {"greenlet": "greenlet", **_TORCH}
 _TRANSFORMERS = {**_TORCH, "transformers": "transformers"}
 _BUILTIN: Mapping[str, _Builtin] = {
     "awq": _Builtin("qwodel.backends.awq:AWQQuantizer", "awq", {"llmcompressor": "llmcompressor", **_TRANSFORMERS}),
     "coreml": _Builtin("qwodel.backends.coreml.adapter:CoreMLQuantizer", "coreml", {"coremltools": "coremltools", **_TRANSFORMERS}),
-    "fp8": _Builtin("qwodel.backends.fp8:FP8Quantizer", "fp8", _TORCH),
+    "fp8": _Builtin("qwodel.backends.fp8:FP8Quantizer", "fp8", _IN_STEP),
     "gguf": _Builtin(
         "qwodel.backends.gguf.adapter:GGUFQuantizer",
         "gguf",
         {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "sentencepiece": "sentencepiece", **_TRANSFORMERS},
     ),
-    "int8": _Builtin("qwodel.backends.int8:INT8Quantizer", "int8", _TORCH),
-    "segquant": _Builtin("qwodel.backends.segquant:SegQuantQuantizer", "segquant", {"diffusers": "diffusers", **_TORCH}),
-    "smoothquant": _Builtin("qwodel.backends.smoothquant:SmoothQuantQuantizer", "smoothquant", _TRANSFORMERS),
+    "int8": _Builtin("qwodel.backends.int8:INT8Quantizer", "int8", _IN_STEP),
+    "segquant": _Builtin("qwodel.backends.segquant:SegQuantQuantizer", "segquant", {"diffusers": "diffusers", **_IN_STEP}),
+    "smoothquant": _Builtin("qwodel.backends.smoothquant:SmoothQuantQuantizer", "smoothquant", {**_IN_STEP, **_TRANSFORMERS}),
 }  # fmt: skip
 
 

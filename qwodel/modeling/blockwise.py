@@ -1,8 +1,9 @@
 """Quantizing a model block by block on what its layers really see.
 
-Each block is loaded, run on the calibration batches while the inputs of its layers are summed up,
-quantized, and run again with its quantized weights, so that later blocks see, and can make up for,
-the errors of earlier ones. Memory holds one block and the batches' hidden states.
+Each block is loaded and its layers are quantized in the order in which they run, each before its
+output is computed, so that later layers see, and can make up for, the errors of earlier ones. Blocks
+that choose which tokens a layer sees (experts) are run twice: watched as they are, then quantized.
+Memory holds one block and the batches' hidden states.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from qwodel.exceptions import QuantizationError
 from qwodel.modeling.lazy_model import LazyModel
 from qwodel.modeling.model_blocks import ModelBlocks, layer_name
 from qwodel.modeling.recorder import InputRecorder
-from qwodel.modeling.stepwise import Arrival
+from qwodel.modeling.stages import Stage, copied, find_stages
+from qwodel.modeling.stepwise import Arrival, run_in_step
 from qwodel.progress import Progress
 
 __all__ = ["Solver", "quantize_blockwise", "round_stored"]
@@ -93,7 +95,7 @@ class _Run:
     even: bool
     blocks: ModelBlocks = field(init=False)
     reports: dict[str, RoundingReport] = field(default_factory=dict)
-    steps_done: int = 0
+    blocks_done: float = 0.0
 
     def __post_init__(self) -> None:
         self.blocks = ModelBlocks.of(self.lazy, self.tasks)
@@ -111,11 +113,24 @@ class _Run:
     def _visit(self, unit: nn.Module, arrivals: Sequence[Arrival]) -> Iterator[Any]:
         name = self.blocks.names[unit]
         self.lazy.load(unit, name)
-        with InputRecorder(self.blocks.layers_in(unit), even=self.even) as recorder:
+        layers = self.blocks.layers_in(unit)
+        stages = find_stages(unit, layers, arrivals[0])
+        if stages is None:
+            yield from self._twice(unit, layers, arrivals)
+        else:
+            yield from self._in_stages(unit, layers, stages, arrivals)
+        self.lazy.unload(unit)
+
+    def _twice(
+        self, unit: nn.Module, layers: Mapping[str, nn.Module], arrivals: Sequence[Arrival]
+    ) -> Iterator[Any]:
+        """Run a block to see what its layers read, quantize it, and run it again."""
+        name = self.blocks.names[unit]
+        with InputRecorder(layers, even=self.even) as recorder:
             for arrival in arrivals:
-                unit(*_copied(arrival.args), **_copied(arrival.kwargs))
+                unit(*copied(arrival.args), **copied(arrival.kwargs))
                 recorder.end_pass()
-                self._step(f"watching {name}")
+                self._step(0.5 / len(arrivals), f"watching {name}")
         replaced: dict[str, torch.Tensor] = {}
         for group in recorder.groups():
             replaced |= self._solve(self.blocks.weights_of(group.layers), group.sums.result())
@@ -123,8 +138,49 @@ class _Run:
         replaced.clear()
         for arrival in arrivals:
             yield unit(*arrival.args, **arrival.kwargs)
-            self._step(f"quantized {name}")
-        self.lazy.unload(unit)
+            self._step(0.5 / len(arrivals), f"quantized {name}")
+
+    def _in_stages(
+        self,
+        unit: nn.Module,
+        layers: Mapping[str, nn.Module],
+        stages: Sequence[Stage],
+        arrivals: Sequence[Arrival],
+    ) -> Iterator[Any]:
+        """Run a block once, all batches in step, each stage quantized before it is run."""
+        outputs: dict[int, Any] = {}
+        led = {layers[stage[0]]: stage for stage in stages}
+
+        def forward(number: int) -> None:
+            arrival = arrivals[number]
+            outputs[number] = unit(*arrival.args, **arrival.kwargs)
+
+        def quantize_and_run(layer: nn.Module, waiting: Sequence[Arrival]) -> Iterator[Any]:
+            # A layer that is called once more is quantized already.
+            if stage := led.pop(layer, None):
+                self._quantize_stage(layers, stage, waiting)
+            for each in waiting:
+                # The layer's own hooks have run before it stopped.
+                yield layer.forward(*each.args, **each.kwargs)
+                self._step(1 / len(stages) / len(arrivals), stage[0] if stage else "")
+
+        run_in_step(forward, range(len(arrivals)), list(led), quantize_and_run, finish=True)
+        for number in range(len(arrivals)):
+            yield outputs.pop(number)
+
+    def _quantize_stage(
+        self, layers: Mapping[str, nn.Module], stage: Stage, waiting: Sequence[Arrival]
+    ) -> None:
+        recorder = InputRecorder({}, even=self.even)
+        first = (f"{stage[0]}.weight", None)
+        for each in waiting:
+            recorder.add(first, each.args[0] if each.args else next(iter(each.kwargs.values())))
+            recorder.end_pass()
+        [group] = recorder.groups()
+        keys = self.blocks.weights_of([(f"{name}.weight", None) for name in stage])
+        replaced = self._solve(keys, group.sums.result())
+        for name in stage:
+            self.lazy.load(layers[name], name, replaced)
 
     def _solve(self, keys: Sequence[str], statistics: InputStatistics | None) -> dict[str, torch.Tensor]:
         """Round weights that read the same inputs; return what their codes stand for."""
@@ -160,18 +216,8 @@ class _Run:
                 "%d layers saw no calibration data and are rounded without: %s", len(unseen), unseen[0]
             )
 
-    def _step(self, message: str) -> None:
-        self.steps_done += 1
+    def _step(self, blocks: float, message: str) -> None:
+        self.blocks_done += blocks
         steps = 2 * len(self.blocks.units) * len(self.batches)
-        self.progress.update(min(self.steps_done, steps), steps, message)
-
-
-def _copied(value: Any) -> Any:
-    """Arguments for a trial run: a block that changes its input in place changes a copy."""
-    if isinstance(value, torch.Tensor):
-        return value.clone() if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(_copied(each) for each in value)
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    return value
+        done = round(2 * len(self.batches) * self.blocks_done)
+        self.progress.update(min(done, steps), steps, message)

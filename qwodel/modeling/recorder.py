@@ -101,15 +101,20 @@ class InputRecorder:
         """Layers with at least one input."""
         return frozenset(self._groups)
 
-    def _linear(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        self._add((f"{name}.weight", None), inputs)
+    def add(self, layer: LayerId, inputs: torch.Tensor) -> None:
+        """Take in what a layer reads, ``[..., N]``; the hooks of an entered recorder do.
 
-    def _add(self, layer: LayerId, inputs: torch.Tensor) -> None:
+        Raises:
+            ValidationError: NaN or Inf, or another width than before.
+        """
         try:
             self._sum(layer, inputs)
         except ValidationError as error:
             raise ValidationError(f"{layer[0]}: {error}", hint=error.hint) from error
+
+    def _linear(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        self.add((f"{name}.weight", None), inputs)
 
     def _sum(self, layer: LayerId, inputs: torch.Tensor) -> None:
         group = self._groups.get(layer)
@@ -148,8 +153,8 @@ class InputRecorder:
             if not len(tokens):
                 continue
             inputs = flat[tokens]
-            self._add((f"{name}.gate_up_proj", expert), inputs)
-            self._add((f"{name}.down_proj", expert), _between(module, inputs, expert))
+            self.add((f"{name}.gate_up_proj", expert), inputs)
+            self.add((f"{name}.down_proj", expert), _between(module, inputs, expert))
 
 
 def _evened(inputs: torch.Tensor) -> torch.Tensor:

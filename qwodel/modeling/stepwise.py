@@ -1,26 +1,22 @@
 """Running many batches through a model in step: all of them through one unit, then through the next.
 
-Each batch's forward pass is a coroutine that stops whenever it comes to a unit. So a unit's weights
-are needed for a short while only, whatever the model does between its units: masks, positions,
-encoder outputs and residual streams are the model's own business, carried by its own code.
+Each batch's forward pass is a coroutine (a greenlet) that stops whenever it comes to a unit. So a
+unit's weights are needed for a short while only, whatever the model does between its units: masks,
+positions, encoder outputs and residual streams are the model's own business, carried by its own code.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 __all__ = ["Arrival", "run_in_step"]
-
-
-class _Stop(BaseException):
-    """Ends a forward pass that has come as far as it needs to; models do not catch it."""
 
 
 @dataclass(slots=True)
@@ -41,52 +37,58 @@ Visit = Callable[[nn.Module, Sequence[Arrival]], Iterator[Any]]
 
 
 def run_in_step(
-    forward: Callable[[Any], Any], batches: Iterable[Any], units: Sequence[nn.Module], visit: Visit
+    forward: Callable[[Any], Any],
+    batches: Iterable[Any],
+    units: Sequence[nn.Module],
+    visit: Visit,
+    *,
+    finish: bool = False,
 ) -> None:
     """Drive every batch through ``forward``, stopping all of them at each unit.
 
-    A pass ends when every unit has been visited, so nothing behind the last unit is computed; units
-    that the model never calls are simply not visited. A unit that the model calls several times is
-    visited each time.
+    Units that the model never calls are simply not visited. A unit that the model calls several times
+    is visited each time. A visit may run in step through units within its own. Gradients are off.
 
     Args:
         forward: runs the model on one batch.
         units: modules that ``forward`` calls, in any order.
         visit: called for each unit with all batches that wait before it.
+        finish: run every pass to its end; else it ends when every unit has been visited, and nothing
+            behind the last unit is computed.
 
     Raises:
         Exception: whatever ``forward`` or ``visit`` raises; all passes have ended then.
     """
-    with _stopping(units):
-        passes = [_Pass(forward, batch) for batch in batches]
+    run = object()
+    with _stopping(units, run), torch.no_grad():
+        passes = [_Pass(forward, batch, run) for batch in batches]
         remaining = set(units)
         try:
             for each in passes:
-                each.resume(None)
+                each.go_on()
             while waiting := [each for each in passes if each.arrival]:
                 unit = waiting[0].unit
                 group = [each for each in waiting if each.unit is unit]
                 outputs = visit(unit, [each.arrival for each in group if each.arrival])
                 remaining.discard(unit)
                 for each, output in zip(group, outputs, strict=True):
-                    each.resume(output, last=not remaining)
+                    if remaining or finish:
+                        each.go_on(output)
+                    else:
+                        each.stop()
         finally:
             for each in passes:
                 each.stop()
 
 
-class _Pass:
-    """One forward pass in a thread of its own that runs only while the driver waits for it."""
+class _Pass(greenlet):
+    """One forward pass; what it raises is raised in the driver."""
 
-    def __init__(self, forward: Callable[[Any], Any], batch: Any) -> None:
+    def __init__(self, forward: Callable[[Any], Any], batch: Any, owner: object) -> None:
+        super().__init__(self._forward)
+        self.owner = owner
         self.arrival: Arrival | None = None
-        self._forward, self._batch = forward, batch
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._answer: Any = None
-        self._last = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._started = False
+        self._pending = (forward, batch)
 
     @property
     def unit(self) -> nn.Module:
@@ -94,73 +96,42 @@ class _Pass:
         assert self.arrival is not None
         return self.arrival.unit
 
-    def resume(self, output: Any, *, last: bool = False) -> None:
-        """Go on with the unit's output, until the next unit or the end; ``last`` ends it here."""
-        self._answer, self._last, self.arrival = output, last, None
-        self._hand_over()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+    def go_on(self, output: Any = None) -> None:
+        """Run, with the output of the unit it waits before, until the next unit or the end."""
+        self.arrival = None
+        self.switch(output)
 
     def stop(self) -> None:
         """End the pass where it is."""
-        if self._started and self._thread.is_alive():
-            self._last = True
-            self._hand_over()
-            self._thread.join()
+        self.arrival = None
+        if not self.dead:
+            self.throw(GreenletExit)
 
     def arrive(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called from the pass's own thread: wait for the unit's output."""
+        """Called by the pass itself: wait for the unit's output."""
         self.arrival = Arrival(unit, args, kwargs)
-        self._back.release()
-        self._go.acquire()
-        if self._last:
-            raise _Stop
-        answer, self._answer = self._answer, None
-        return answer
+        del args, kwargs
+        assert self.parent is not None
+        return self.parent.switch()
 
-    def _hand_over(self) -> None:
-        if self._started:
-            self._go.release()
-        else:
-            self._started = True
-            self._thread.start()
-        self._back.acquire()
-
-    def _run(self) -> None:
-        _current.running = self
-        try:
-            # Whether gradients are on is a matter of the thread.
-            with torch.no_grad():
-                self._forward(self._batch)
-        except _Stop:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self.arrival = None
-            self._batch = None
-            self._back.release()
-
-
-class _Current(threading.local):
-    running: _Pass | None = None
-
-
-_current = _Current()
+    def _forward(self, _: Any) -> None:
+        forward, batch = self._pending
+        del self._pending
+        forward(batch)
 
 
 @contextmanager
-def _stopping(units: Sequence[nn.Module]) -> Iterator[None]:
-    """Make each unit's ``forward`` wait for the driver; calls from the driver itself go through."""
+def _stopping(units: Sequence[nn.Module], run: object) -> Iterator[None]:
+    """Make each unit's ``forward`` wait for the driver of its run; calls from the driver itself go through."""
     original = {unit: unit.forward for unit in units}
+    own = {unit: vars(unit).get("forward") for unit in units}
 
     def stop_at(unit: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            running = _current.running
-            if running is None:
-                return original[unit](*args, **kwargs)
-            return running.arrive(unit, args, kwargs)
+            current = getcurrent()
+            if isinstance(current, _Pass) and current.owner is run:
+                return current.arrive(unit, args, kwargs)
+            return original[unit](*args, **kwargs)
 
         return forward
 
@@ -171,3 +142,5 @@ def _stopping(units: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for unit in units:
             del unit.forward
+            if (before := own[unit]) is not None:
+                unit.forward = before

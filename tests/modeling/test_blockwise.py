@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -47,7 +49,7 @@ def weights_of(folder):
 
 @pytest.mark.parametrize("convrot", [False, True])
 def test_codes_are_those_of_a_hand_made_sequence(tmp_path, convrot):
-    """Quantize a plain model block by block, by hand: each block's inputs come from quantized ones."""
+    """Quantize a plain model by hand: what a layer reads comes from the quantized layers before it."""
     model = save("llama", tmp_path)
     _, store, reports, tasks = run(
         tmp_path,
@@ -56,13 +58,13 @@ def test_codes_are_those_of_a_hand_made_sequence(tmp_path, convrot):
         keep=lambda key: "_proj" in key,
     )
     assert len(tasks) == len(reports) == 21
-    for block in range(3):
-        seen = plain_inputs(model, batches("llama"))
+    modules = dict(model.named_modules())
+    stages = ("self_attn.q self_attn.k self_attn.v", "self_attn.o", "mlp.gate mlp.up", "mlp.down")
+    for block, stage in itertools.product(range(3), stages):
         layers = {
-            name: module
-            for name, module in model.named_modules()
-            if name.startswith(f"model.layers.{block}.") and name.endswith("_proj")
+            name: modules[name] for name in (f"model.layers.{block}.{part}_proj" for part in stage.split())
         }
+        seen = plain_inputs(model, batches("llama"))
         for name, module in layers.items():
             gram, weight = seen[name].T @ seen[name], module.weight.detach()
             if convrot:

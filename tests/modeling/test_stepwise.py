@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch import nn
@@ -98,12 +96,15 @@ def test_a_pass_that_never_meets_a_unit_runs_to_its_end():
 
 
 @pytest.mark.parametrize("where", ["model", "visit"])
-def test_failures_surface_and_leave_no_thread(where):
-    chain = Chain()
+def test_failures_surface_and_end_every_pass(where):
+    chain, ended = Chain(), []
 
     def forward(x):
-        chain(x)
-        raise ValueError("in the model")
+        try:
+            chain(x)
+            raise ValueError("in the model")
+        finally:
+            ended.append(x)
 
     def visit(unit, arrivals):
         if where == "visit" and unit is chain.blocks[1]:
@@ -111,11 +112,31 @@ def test_failures_surface_and_leave_no_thread(where):
         yield from identity(unit, arrivals)
 
     units = [*chain.blocks, chain.unused[0]]
-    before = threading.active_count()
     with pytest.raises(ValueError, match=f"in the {where}"):
         run_in_step(forward, [torch.ones(1, 4)] * 3, units, visit)
-    assert threading.active_count() == before
+    assert len(ended) == 3
     assert all("forward" not in vars(unit) for unit in units)
+
+
+def test_a_visit_may_run_in_step_through_layers_of_its_own():
+    model, order = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))), []
+    inputs, outputs = [torch.ones(1, 4), -torch.ones(1, 4)], []
+    expected = [model(each) for each in inputs]
+
+    def through(layer, arrivals):
+        order.append((layer, len(arrivals)))
+        for each in arrivals:
+            yield layer.forward(*each.args)
+
+    def visit(unit, arrivals):
+        done = []
+        run_in_step(lambda each: done.append(unit(*each.args)), arrivals, list(unit), through, finish=True)
+        yield from done
+
+    run_in_step(lambda x: outputs.append(model(x)), inputs, list(model), visit, finish=True)
+    assert order == [(layer, 2) for unit in model for layer in unit]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_lists_in_lists_are_units_inside():

@@ -1,0 +1,70 @@
+"""The layers of a block in the order in which they run, so that each is quantized before the next one is fed.
+
+A block in stages is run once: every batch stops before a layer, the layer's inputs are summed up, it
+is quantized, and all batches go on with its quantized output. Later layers of the same block see the
+errors of earlier ones too ("true sequential" in GPTQ's own code).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwodel.modeling.recorder import InputRecorder, is_fused_experts
+from qwodel.modeling.stepwise import Arrival
+
+__all__ = ["Stage", "find_stages"]
+
+Stage = tuple[str, ...]
+"""Names of layers that read the same tensor, the one that runs first in front."""
+
+
+def find_stages(
+    unit: nn.Module, layers: Mapping[str, nn.Module], arrival: Arrival
+) -> tuple[Stage, ...] | None:
+    """Watch a block run on one batch.
+
+    Args:
+        unit: the block, with its weights.
+        layers: the linear layers in it, by name.
+        arrival: what the block is called with; left as it is.
+
+    Returns:
+        its stages in order; ``None`` where it cannot be run in stages: experts and other layers that
+        see part of the tokens, or none of this batch's, need every batch before they are quantized.
+    """
+    if unit in layers.values() or any(is_fused_experts(layer) for layer in layers.values()):
+        return None
+    with InputRecorder(layers, gram=False) as recorder:
+        unit(*copied(arrival.args), **copied(arrival.kwargs))
+    groups = recorder.groups()
+    whole = {math.prod(each.shape[:-1]) for each in _tensors((arrival.args, arrival.kwargs))}
+    if len(recorder.seen()) < len(layers) or any(group.sums.count not in whole for group in groups):
+        return None
+    return tuple(tuple(name.removesuffix(".weight") for name, _ in group.layers) for group in groups)
+
+
+def copied(value: Any) -> Any:
+    """Arguments for a trial run: a block that changes its input in place changes a copy."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(copied(each) for each in value)
+    if isinstance(value, dict):
+        return {key: copied(each) for key, each in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
