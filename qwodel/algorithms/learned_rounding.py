@@ -50,7 +50,8 @@ class RoundingOptions:
         schedule: the learning rate.
         early_stop_loss: stop when the loss is below this share of round-to-nearest's.
         early_stop_lr: stop when the learning rate is below.
-        early_stop_stall: stop after so many iterations without a gain of 3 %.
+        early_stop_stall: stop after so many iterations without a gain of 3 %. Under a Gram matrix
+            8 are enough once there was one, and ``original`` stops at the first sweep without.
         seed: of the randomized SVD.
     """
 
@@ -145,6 +146,8 @@ def learn_rounding(
         problem = _problem(weight, nearest, unit, options, statistics)
         start = problem.iterate(problem.target.clamp(problem.low, problem.high), start_codes)
         best, iterations = _loop(problem, start, options)
+        if iterations:
+            best = start.keep_better(problem.iterate(best.position, best.codes))
     quantized = Quantized(best.codes.to(quant_type.dtype), nearest.scale, quant_type, granularity)
     changed = float((best.codes != start_codes).sum()) / weight.numel()
     return LearnedRounding(quantized, _total(best) * unit, _total(start) * unit, changed, iterations)
@@ -194,16 +197,18 @@ def _loop(problem: Problem, start: Iterate, options: RoundingOptions) -> tuple[I
     rule = update_rule(options.optimizer)(problem)
     schedule = Schedule(options.schedule, tuple(problem.target.shape))
     best, latest, milestone, stall = start, start, _total(start), 0
-    patience = min(options.early_stop_stall, rule.persistence or options.early_stop_stall)
     floor = options.early_stop_loss * _total(start)
     for iteration in range(options.num_iter):
+        own = rule.patience(gained=milestone < _total(start))
+        patience = min(options.early_stop_stall, own or options.early_stop_stall)
         if _total(best) <= floor or schedule.lr < options.early_stop_lr or stall >= patience:
             return best, iteration
         position, codes = rule.propose(best, latest, schedule.lr)
-        before = _total(best)
-        latest = problem.iterate(position, codes)
+        before = best
+        latest = problem.iterate(position, codes, best)
         best = best.keep_better(latest)
-        schedule.update(improved=_total(best) < before)
+        # A step that moves no code was too short, which is no reason to shorten the next one.
+        schedule.update(improved=_total(best) < _total(before) or torch.equal(codes, before.codes))
         stall += 1
         if _total(best) < milestone * (1 - _WORTH):
             milestone, stall = _total(best), 0

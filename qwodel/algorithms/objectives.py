@@ -14,6 +14,8 @@ from qwodel.exceptions import ConfigurationError
 
 __all__ = ["ChannelObjective", "GramObjective", "Objective", "ProjectedObjective", "top_singular_vectors"]
 
+_SPARSE = 1 / 16  # up to this share of changes a sparse product beats a dense one on a CPU
+
 
 class Objective(ABC):
     """A quadratic form of the weight error."""
@@ -24,6 +26,12 @@ class Objective(ABC):
     @abstractmethod
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of each part, fp64 ``[parts]``, and the gradient ∂f/∂E, fp32 ``[M, N]``."""
+
+    def follow(
+        self, error: torch.Tensor, gradient: torch.Tensor, change: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`evaluate`, where the gradient before the last ``change`` of the error is known."""
+        return self.evaluate(error)
 
     @abstractmethod
     def curvature(self) -> torch.Tensor:
@@ -64,9 +72,18 @@ class GramObjective(Objective):
         self.gram = gram
 
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gradient = error @ self.gram
-        loss = (gradient * error).sum(dim=1, dtype=torch.float64).clamp_(min=0).sqrt()
-        return loss, gradient
+        return self._measure(error, error @ self.gram)
+
+    def follow(
+        self, error: torch.Tensor, gradient: torch.Tensor, change: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if change.is_cuda or int(change.count_nonzero()) > _SPARSE * change.numel():
+            return self.evaluate(error)
+        return self._measure(error, torch.addmm(gradient, change.to_sparse(), self.gram))
+
+    @staticmethod
+    def _measure(error: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (gradient * error).sum(dim=1).double().clamp_(min=0).sqrt(), gradient
 
     def curvature(self) -> torch.Tensor:
         return self.gram.diagonal()

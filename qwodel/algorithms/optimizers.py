@@ -22,6 +22,7 @@ from qwodel.exceptions import ConfigurationError, DependencyError, did_you_mean
 __all__ = ["RULES", "Iterate", "Problem", "UpdateRule", "update_rule"]
 
 _DAMPING = 0.1  # of a Gram matrix's mean diagonal
+_PATIENCE = 8  # rows gain steadily: what comes after so many slow iterations is below 0.1 dB of outputs
 
 
 class Problem:
@@ -41,15 +42,28 @@ class Problem:
         self.low, self.high = grid_neighbours(target, quant_type)
         self.curvature = objective.curvature()
 
-    def iterate(self, position: torch.Tensor, codes: torch.Tensor) -> Iterate:
-        """Measure rounded codes."""
-        loss, gradient = self.objective.evaluate((codes - self.target) * self.scale)
+    def iterate(self, position: torch.Tensor, codes: torch.Tensor, origin: Iterate | None = None) -> Iterate:
+        """Measure rounded codes; cheaper, up to the noise of fp32 sums, from a similar iterate."""
+        error = (codes - self.target).mul_(self.scale)
+        if origin is None:
+            loss, gradient = self.objective.evaluate(error)
+        else:
+            change = (codes - origin.codes).mul_(self.scale)
+            loss, gradient = self.objective.follow(error, origin.gradient, change)
         return Iterate(position, codes, gradient, loss)
 
-    def round(self, position: torch.Tensor, current: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    def round(
+        self,
+        position: torch.Tensor,
+        current: torch.Tensor,
+        gradient: torch.Tensor,
+        threshold: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Round a position, leaving out each change of code that by itself raises the loss.
 
         What a change adds to ‖E‖² counts ``objective.weight_price`` times as much as the loss.
+        ``threshold``, ``[parts, 1]``, also leaves out what by itself saves less than this share of
+        the greatest saving in its part.
         """
         codes = round_to_grid(position, self.quant_type)
         change = (codes - current).mul_(self.scale)
@@ -59,7 +73,10 @@ class Problem:
             drift = (codes + current).sub_(self.target, alpha=2.0).mul_(self.scale)  # 2E + change
             rise.add_(drift, alpha=price)
         rise.mul_(change)
-        return torch.where(rise < 0, codes, current)
+        if threshold is None:
+            return torch.where(rise < 0, codes, current)
+        greatest = rise.reshape(threshold.shape[0], -1).amin(dim=1, keepdim=True)
+        return torch.where(rise <= (greatest * threshold).clamp_(max=-1e-30), codes, current)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +96,8 @@ class Iterate:
     loss: torch.Tensor
 
     def keep_better(self, other: Iterate) -> Iterate:
-        """Part by part, whichever of the two has the smaller loss."""
-        better = other.loss < self.loss
+        """Part by part, whichever of the two has the smaller loss; the other where they are equal."""
+        better = other.loss <= self.loss
         if bool(better.all()):
             return other
         if not bool(better.any()):
@@ -100,8 +117,13 @@ class UpdateRule(ABC):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    persistence: int | None = None
-    """Iterations without a worthwhile gain after which this rule has none left; ``None``: no limit."""
+    def patience(self, gained: bool) -> int | None:
+        """Iterations without a worthwhile gain after which this rule has none left; ``None``: no limit.
+
+        Args:
+            gained: there was a worthwhile gain before.
+        """
+        return None
 
     @abstractmethod
     def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +159,6 @@ class CoordinateDescent(UpdateRule):
     tokens better and other tokens worse.
     """
 
-    persistence = 1
     _BLOCK = 64
 
     def __init__(self, problem: Problem) -> None:
@@ -146,8 +167,12 @@ class CoordinateDescent(UpdateRule):
             raise ConfigurationError("coordinate descent needs a Gram matrix")
         gram = problem.objective.gram
         self._damping = float(gram.diagonal().mean()) * _DAMPING
-        self._gram = gram + torch.eye(gram.shape[0], device=gram.device) * self._damping
+        self._gram = gram.clone()
+        self._gram.diagonal().add_(self._damping)
         self._scale = problem.scale.expand(problem.target.shape)
+
+    def patience(self, gained: bool) -> int | None:
+        return 1
 
     def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         error = (best.codes - self.problem.target) * self.problem.scale
@@ -181,6 +206,8 @@ class CoordinateDescent(UpdateRule):
 class TorchOptimizer(UpdateRule):
     """A ``torch.optim`` optimizer on the displacement from the weight, in grid steps.
 
+    Codes that change together disturb each other, so a part (a row, with a Gram matrix) that a
+    proposal made worse next takes only those changes that promise most, half as far down as before.
     Weight decay, where the optimizer has it, pulls towards the unrounded weight.
 
     Args:
@@ -195,25 +222,43 @@ class TorchOptimizer(UpdateRule):
     ) -> None:
         super().__init__(problem)
         self._step = (problem.high - problem.low).clamp_(min=problem.quant_type.smallest_step)
+        self._unit = self._step * problem.scale
         self._displacement = torch.zeros_like(problem.target, requires_grad=True)
         self._optimizer = build([self._displacement])
         self._own_rate = own_rate
         self._first_lr: float | None = None
+        self._reach: torch.Tensor | None = None
+        self._row_by_row = isinstance(problem.objective, GramObjective)
+
+    def patience(self, gained: bool) -> int | None:
+        return _PATIENCE if gained and self._row_by_row else None
 
     def propose(self, best: Iterate, latest: Iterate, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         problem, displacement = self.problem, self._displacement
-        origin = latest if self._own_rate else best
+        follows = latest if self._own_rate else best
+        origin = best if self._row_by_row else follows
         with torch.no_grad():
-            displacement.copy_((origin.position - problem.target) / self._step)
-        slope = origin.gradient * problem.scale * self._step
+            torch.sub(follows.position, problem.target, out=displacement).div_(self._step)
+        slope = origin.gradient * self._unit
         # Only ratios of gradients count, and a mean square of 1 keeps epsilon out of them.
-        displacement.grad = slope / slope.square().mean(dtype=torch.float64).sqrt().clamp_(min=1e-30).float()
+        size = float(torch.linalg.vector_norm(slope)) / slope.numel() ** 0.5
+        displacement.grad = slope.div_(max(size, 1e-30))
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate(lr)
         self._optimizer.step()
         position = torch.addcmul(problem.target, displacement.detach(), self._step)
         position = position.clamp_(problem.low, problem.high)
-        return position, problem.round(position, origin.codes, origin.gradient)
+        threshold = self._threshold(best, latest) if self._row_by_row else None
+        return position, problem.round(position, origin.codes, origin.gradient, threshold)
+
+    def _threshold(self, best: Iterate, latest: Iterate) -> torch.Tensor:
+        """What share of its greatest saving a change in each part must promise, ``[parts, 1]``."""
+        if self._reach is None:
+            self._reach = torch.ones_like(best.loss, dtype=torch.float32)[:, None]
+        else:
+            helped = (latest.loss <= best.loss)[:, None]
+            self._reach = torch.where(helped, (self._reach * 1.25).clamp_(max=1.0), self._reach * 0.5)
+        return 1 - self._reach
 
     def _rate(self, lr: float) -> float:
         if not self._own_rate:

@@ -34,6 +34,7 @@ from qwodel.exceptions import ConfigurationError, ValidationError
 __all__ = ["absmax_scale", "check_channel_weights", "check_gram", "normalise", "search_scale"]
 
 _FP32 = torch.finfo(torch.float32)
+_COLUMNS = 256  # of a Gram matrix at a time
 _GAIN = 1e-6  # a candidate must win by more than the noise of fp32 sums
 
 
@@ -93,14 +94,17 @@ def check_gram(gram: torch.Tensor, columns: int) -> torch.Tensor:
         raise ValidationError(
             f"a Gram matrix of shape {list(gram.shape)} does not fit {columns} input channels"
         )
-    check_finite(gram, "the Gram matrix")
+    if not bool(gram.sum().isfinite()):
+        check_finite(gram, "the Gram matrix")
     diagonal = gram.diagonal().double()
     if bool((diagonal < 0).any()):
         raise ValidationError("the Gram matrix has a negative diagonal, so it is no XᵀX")
     mean = float(diagonal.mean()) if columns else 0.0
     scaled = (gram / mean).float() if mean > 0 else gram.float()
-    if not torch.allclose(scaled, scaled.T, rtol=1e-2, atol=1e-3):
-        raise ValidationError("the Gram matrix is not symmetric")
+    for start in range(0, columns, _COLUMNS):
+        strip = slice(start, start + _COLUMNS)
+        if not torch.allclose(scaled[strip, start:], scaled[start:, strip].T, rtol=1e-2, atol=1e-3):
+            raise ValidationError("the Gram matrix is not symmetric")
     return scaled
 
 
@@ -122,7 +126,19 @@ class _Metric:
         if self.gram is not None and granularity.is_block:
             self.gram = _diagonal_blocks(self.gram, granularity.block_cols)
 
-    def inner(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def square(self, a: torch.Tensor) -> torch.Tensor:
+        """⟨A, A⟩ of each group; over a whole Gram matrix, for little more than half a product."""
+        if self.gram is None or self.gram.ndim == 3:
+            return self.products(a, a)[0]
+        columns = []
+        for start in range(0, a.shape[1], _COLUMNS):
+            block = slice(start, start + _COLUMNS)
+            own = a[:, block] @ self.gram[block, block]
+            columns.append(own.addmm_(a[:, :start], self.gram[:start, block], alpha=2))
+        return group_sum(torch.cat(columns, dim=1).mul_(a), self.granularity)
+
+    def products(self, a: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+        """⟨A, B⟩ of each group, for each B."""
         if self.gram is None:
             weighted = a if self.channel_weights is None else a * self.channel_weights
         elif self.gram.ndim == 2:
@@ -130,7 +146,7 @@ class _Metric:
         else:
             blocks = column_blocks(a, self.granularity).transpose(0, 1)
             weighted = (blocks @ self.gram).transpose(0, 1).flatten(1)[:, : a.shape[1]]
-        return group_sum(weighted * b, self.granularity)
+        return [group_sum(weighted * b, self.granularity) for b in others]
 
 
 def check_channel_weights(weights: torch.Tensor, columns: int) -> torch.Tensor:
@@ -229,11 +245,10 @@ class _Search:
     def consider(self, ratio: torch.Tensor) -> None:
         """Take the ratio in those groups where it is better."""
 
-        def cost(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-            error = round_to_grid(x / r, self.quant_type).mul_(r).sub_(x)
-            return self.metric.inner(error, error)
+        def cost(x: torch.Tensor, r: torch.Tensor) -> list[torch.Tensor]:
+            return [self.metric.square(round_to_grid(x / r, self.quant_type).mul_(r).sub_(x))]
 
-        found = self._each_group(cost, ratio)
+        (found,) = self._each_group(cost, ratio)
         if self.cost is None:
             self.best, self.cost = ratio, found
             return
@@ -244,27 +259,22 @@ class _Search:
     def refit(self) -> torch.Tensor:
         """The least-squares ratio for the codes that the best ratio gives: ⟨x, q⟩ / ⟨q, q⟩."""
 
-        def codes(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-            return round_to_grid(x / r, self.quant_type)
+        def products(x: torch.Tensor, r: torch.Tensor) -> list[torch.Tensor]:
+            q = round_to_grid(x / r, self.quant_type)
+            return self.metric.products(q, x, q)
 
-        def cross(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-            return self.metric.inner(codes(x, r), x)
-
-        def square(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-            q = codes(x, r)
-            return self.metric.inner(q, q)
-
-        ratio = (self._each_group(cross, self.best) / self._each_group(square, self.best)).float()
+        cross, square = self._each_group(products, self.best)
+        ratio = (cross / square).float()
         usable = ratio.isfinite() & (ratio > 0.25) & (ratio < 4)
         return torch.where(usable, ratio, self.best)
 
     def _each_group(
-        self, measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ratio: torch.Tensor
-    ) -> torch.Tensor:
-        """``measure(x, ratio)`` of every group, for x = w / absmax scale; shaped like the scale."""
+        self, measure: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]], ratio: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """``measure(x, ratio)`` of every group, for x = w / absmax scale; each shaped like the scale."""
         parts = []
         for rows in row_chunks(self.weight.shape, self.granularity):
             x = normalise(self.weight, self.base, self.granularity, rows)
             parts.append(measure(x, expand_scale(ratio, self.granularity, rows, x.shape[1])))
-        whole = torch.cat(parts)
-        return whole if self.base.ndim else sum_rows(whole)
+        whole = [torch.cat(chunks) for chunks in zip(*parts, strict=True)]
+        return whole if self.base.ndim else [sum_rows(each) for each in whole]

@@ -19,8 +19,8 @@ class ScheduleOptions:
     """How the learning rate moves.
 
     Attributes:
-        lr_schedule: ``"adaptive"`` grows after a step that helps and shrinks after one that
-            does not; ``"plateau"`` only shrinks; ``"exponential"`` shrinks every step.
+        lr_schedule: ``"adaptive"`` grows after a step that helps, or is too short to move a code,
+            and shrinks after one that does not; ``"plateau"`` only shrinks; ``"exponential"`` shrinks every step.
         lr: the first learning rate: for ``original`` the share of the projected error that a
             step takes back, for the others grid steps a step.
         lr_gamma: factor of every step (exponential).

@@ -20,7 +20,9 @@ import torch
 
 from qwodel.algorithms.learned_rounding import LearnedRounding, RoundingOptions, learn_rounding
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
+from qwodel.algorithms.scale_choice import check_gram
 from qwodel.algorithms.scales import search_scale
+from qwodel.algorithms.tiles import check_matrix
 from qwodel.exceptions import ConfigurationError
 
 __all__ = ["round_weight"]
@@ -54,6 +56,8 @@ def round_weight(
     options = options or RoundingOptions()
     if gram is not None and activation_scales is not None:
         raise ConfigurationError("give either gram or activation_scales: a Gram matrix already holds them")
+    check_matrix(weight)
+    gram = None if gram is None else check_gram(gram, weight.shape[1])
     weights = None if activation_scales is None else activation_scales.double().square()
     blind = gram is None and weights is None
     if blind and (granularity == TENSOR or not quant_type.is_float):

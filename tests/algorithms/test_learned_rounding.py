@@ -76,10 +76,8 @@ def test_output_error_falls_clearly_with_a_gram_matrix(options, quant_type, gran
     result = learn_rounding(weight, quant_type, granularity, options, gram=gram)
     before = output_loss(weight, nearest.dequantize(), gram)
     after = output_loss(weight, result.quantized.dequantize(), gram)
-    assert after < 0.75 * before
     assert (result.loss / result.nearest_loss) ** 2 == pytest.approx(after / before, rel=1e-2)
-    if options.optimizer == "original":
-        assert after < 0.3 * before
+    assert after < 0.3 * before
 
 
 @EACH_RULE
@@ -200,6 +198,27 @@ def test_gradients_and_curvature_match_autograd():
         torch.testing.assert_close(gradient, expected.detach())
         (second,) = torch.autograd.grad(expected[2, 4], error)
         assert objective.curvature().expand(6, 9)[2, 4] == pytest.approx(float(second[2, 4]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3])
+def test_following_a_change_is_evaluating_anew(share):
+    generator = torch.Generator().manual_seed(0)
+    objective = GramObjective(gram_of(80).float())
+    before = torch.randn(50, 80, generator=generator)
+    change = torch.randn(50, 80, generator=generator)
+    change = change * (torch.rand(50, 80, generator=generator) < share)
+    _, gradient = objective.evaluate(before)
+    expected = objective.evaluate(before + change)
+    for followed, exact in zip(objective.follow(before + change, gradient, change), expected, strict=True):
+        torch.testing.assert_close(followed, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_steps_too_short_to_move_a_code_add_up(optimizer):
+    weight, gram = heavy(64, 120), gram_of(120)
+    options = replace(SHORT, optimizer=optimizer, schedule=ScheduleOptions(lr=1e-4))
+    result = learn_rounding(weight, FP8_E4M3, ROW, options, gram=gram)
+    assert result.loss < 0.7 * result.nearest_loss
 
 
 def test_activation_scales_choose_a_scale_that_serves_the_strong_channels():

@@ -122,6 +122,23 @@ def test_search_lowers_its_own_objective(quant_type, granularity, statistics):
         assert after.sum() < before.sum()
 
 
+@pytest.mark.parametrize("granularity", [TENSOR, ROW], ids=str)
+def test_search_over_a_wide_gram_matrix_takes_the_best_candidate(granularity):
+    weight, gram = heavy(24, 600), gram_of(600)
+    base = absmax_scale(weight, FP8_E4M3, granularity)
+
+    def costs(scale):
+        error = quantize(weight, FP8_E4M3, granularity, scale).dequantize().double() - weight.double()
+        rows = ((error @ gram) * error).sum(1, keepdim=True)
+        return rows if granularity == ROW else rows.sum()
+
+    candidates = torch.stack([costs(base * 2 ** (k / 12)) for k in range(12)])
+    chosen = costs(search_scale(weight, FP8_E4M3, granularity, gram=gram))
+    assert (chosen <= candidates.amin(dim=0) * (1 + 1e-4)).all()
+    if granularity == ROW:
+        assert (chosen < 0.9 * candidates[0]).any()
+
+
 def test_search_with_identity_gram_is_the_search_without():
     weight = heavy(33, 70)
     for granularity in (TENSOR, ROW, Granularity.group(32)):
