@@ -75,6 +75,7 @@ def quantize(
         ValidationError: not a floating-point matrix, NaN or Inf in it, or a scale that does not fit.
     """
     check_matrix(weight)
+    given = scale is not None
     if scale is None:
         scale = absmax_scale(weight, quant_type, granularity)
     else:
@@ -83,12 +84,15 @@ def quantize(
     codes = torch.empty(weight.shape, dtype=quant_type.dtype, device=weight.device)
     for rows in row_chunks(weight.shape, granularity):
         x = normalise(weight, scale, granularity, rows)
-        # A sum that is finite has finite terms; one that is not may have overflowed.
-        if not bool(x.sum().isfinite()):
-            check_finite(weight)
         if not quant_type.is_float:
             x.round_()  # the cast to an integer truncates; the one to FP8 rounds to even by itself
-        codes[rows] = x.clamp_(quant_type.qmin, quant_type.qmax)
+        # A scale of the absolute maxima has refused NaN and Inf, and leaves nothing that rounds beyond the range.
+        if given:
+            # A sum that is finite has finite terms; one that is not may have overflowed.
+            if not bool(x.sum().isfinite()):
+                check_finite(weight)
+            x.clamp_(quant_type.qmin, quant_type.qmax)
+        codes[rows] = x
     return Quantized(codes, scale, quant_type, granularity)
 
 
