@@ -54,7 +54,9 @@ def absmax_scale(weight: torch.Tensor, quant_type: QuantType, granularity: Granu
     """
     check_matrix(weight)
     shape = granularity.scale_shape(weight.shape)
-    peaks = [group_amax(_magnitudes(weight[rows]), granularity) for rows in row_chunks(weight.shape, granularity)]
+    peaks = [
+        group_amax(_magnitudes(weight[rows]), granularity) for rows in row_chunks(weight.shape, granularity)
+    ]
     peak = _values(torch.cat(peaks), weight.dtype) if peaks else weight.new_zeros(shape, dtype=torch.float64)
     if not shape:
         peak = peak.amax() if peak.numel() else peak.new_zeros(())

@@ -270,7 +270,7 @@ def _check_bound(
         else:
             allowed = power.mul_(scale * half_step)
         excess = sizes.sub_(allowed)
-    if float(excess.amax()) > 0:
+    if not float(excess.amax()) <= 0:  # NaN too
         raise IntegrityError(f"{plan.name!r} holds codes that are not the nearest to its weights")
 
 
