@@ -119,7 +119,8 @@ class CoresExecutor:
         Raises:
             ResourceError: the memory ran out.
         """
-        in_slabs, whole = [], []
+        in_slabs: list[TaskT] = []
+        whole: list[TaskT] = []
         with factory() as worker:
             staged = worker if isinstance(worker, StagedWorker) else None
             for task in tasks:

@@ -35,6 +35,7 @@ __all__ = ["LayerQuality", "verify"]
 _COMPARE_BYTES = 8 << 20
 _MEASURE_ELEMENTS = 1 << 17  # a slab's temporaries stay in a core's cache
 _AGREEMENT_DB = 0.01
+_SUBNORMAL = 1e-44  # fp32 has steps of 1.4e-45 there, however small the scale
 _SMALL = 1e-25  # below, squares may have vanished in fp32
 
 
@@ -265,12 +266,9 @@ def _check_bound(
         codes.view(torch.int32).bitwise_and_(0x7F800000)
         power = codes.clamp_(min=2.0**quant_type.min_exponent)
         half_step = 2.0 ** (-quant_type.mantissa_bits - 1) * (1 + 6e-5)
-        if merged:
-            allowed = power.mul_(half_step).add_(merged).mul_(scale)
-        else:
-            allowed = power.mul_(scale * half_step)
-        excess = sizes.sub_(allowed)
-    if not float(excess.amax()) <= 0:  # NaN too
+        steps = power.mul_(half_step).add_(merged).mul_(scale) if merged else power.mul_(scale * half_step)
+        excess = sizes.sub_(steps)
+    if not float(excess.amax()) <= _SUBNORMAL:  # NaN too
         raise IntegrityError(f"{plan.name!r} holds codes that are not the nearest to its weights")
 
 

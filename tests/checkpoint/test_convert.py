@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qwodel.checkpoint.convert as convert_module
-import qwodel.checkpoint.tensor_compute as tensor_compute
 import qwodel.checkpoint.tensor_work as tensor_work
 import qwodel.checkpoint.verify as verify_module
 from qwodel.algorithms.quant_types import FP8_E4M3
@@ -303,6 +302,18 @@ def test_a_code_beside_the_nearest_is_found(tmp_path: Path, name: str) -> None:
             file.seek(begin + place)
             file.write(bytes([right]))
     verify(conversion)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("int8_quip", "int8_convrot")])
+def test_the_nearest_codes_of_the_smallest_weights_are_accepted(tmp_path: Path, name: str) -> None:
+    """Down to fp32's subnormal numbers, where products with a scale lose their last bits."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    weight *= torch.logspace(-45, -33, 256, dtype=torch.float64)[:, None]
+    save_file({"blocks.0.proj.weight": weight.float()}, tmp_path / "in.safetensors")
+    _, quality = run(
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", format=name, rounding=Nearest()
+    )
+    assert quality["blocks.0.proj.weight"].sqnr_db > 20
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_row", "int8_row", "int8_block"])
