@@ -1,7 +1,7 @@
 """Wall time and peak memory of streaming conversion against plain load-and-save of the same shards.
 
-Each measurement runs in a process of its own; memory is the peak resident set
-above what imports take. One table at the end::
+Each measurement runs in a process of its own, whose imports come before the clock
+starts; memory is the peak resident set above what they take. One table at the end::
 
     python benchmarks/checkpoint_streaming.py            # 0.5 and 2 GB
     python benchmarks/checkpoint_streaming.py --sizes 0.5 2 6
@@ -121,9 +121,8 @@ def stream_one_file(source: Path, target: Path, workers: int, device: str) -> fl
     return base
 
 
-def convert_with_peer(source: Path, target: Path, peer: str) -> float:
+def convert_with_peer(source: Path, target: Path) -> float:
     """convert-to-quant's command in this process, quantizing to FP8 by rounding to nearest."""
-    sys.path.insert(0, peer)
     from convert_to_quant.cli.main import main as peer_main
 
     base = resident_mb()
@@ -134,6 +133,18 @@ def convert_with_peer(source: Path, target: Path, peer: str) -> float:
     if not output.is_file():
         raise RuntimeError("convert-to-quant wrote nothing")
     return base
+
+
+def import_for(what: str, peer: str) -> None:
+    """Import what a measurement will call."""
+    import safetensors.torch  # noqa: F401
+
+    if what == PEER:
+        sys.path.insert(0, peer)
+        importlib.import_module("convert_to_quant.cli.main")
+    elif what != "load-and-save":
+        for name in ("comfyui", "convert", "pipeline", "plan", "transformers_layout", "verify"):
+            importlib.import_module(f"qwodel.checkpoint.{name}")
 
 
 def peer_is_there(folder: str | None) -> bool:
@@ -159,8 +170,7 @@ def make_one_file(folder: Path) -> None:
 
 def measure_here(arguments: argparse.Namespace) -> None:
     """One measurement, in this process; prints JSON."""
-    import torch  # noqa: F401 - imports are not what is measured
-
+    import_for(arguments.measure, arguments.peer or "")
     source, target = Path(arguments.source), Path(arguments.target)
     started = time.perf_counter()
     if arguments.measure == "load-and-save":
@@ -168,7 +178,7 @@ def measure_here(arguments: argparse.Namespace) -> None:
     elif arguments.measure == OURS:
         base = stream_one_file(source.parent / ONE_FILE, target, arguments.workers, arguments.device)
     elif arguments.measure == PEER:
-        base = convert_with_peer(source.parent / ONE_FILE, target, arguments.peer or "")
+        base = convert_with_peer(source.parent / ONE_FILE, target)
     else:
         name, _, check = arguments.measure.partition("+")
         base = stream(source, target, name, bool(check), arguments.workers, arguments.device)

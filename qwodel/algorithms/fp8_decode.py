@@ -18,9 +18,10 @@ def codes_to_float(codes: torch.Tensor) -> torch.Tensor:
     bits = codes.view(torch.int8).to(torch.int16)
     if codes.dtype == torch.float8_e5m2:
         return bits.bitwise_left_shift_(8).view(torch.float16).float()
-    # The sign of an int16 made from an int8 is in all its upper bits: keep the first.
-    half = bits.bitwise_left_shift(7).bitwise_and_(0x3F80)
-    half.bitwise_or_(bits.bitwise_and_(-0x8000))
-    nan = half.bitwise_and(0x7FFF) == 0x3F80
+    # An int16 made from an int8 has the sign in all its upper bits: moved by 7, the first and one of the rest.
+    half = bits.bitwise_left_shift_(7).bitwise_and_(-0x4080)
     value = half.view(torch.float16).float().mul_(256)
-    return value.masked_fill_(nan, torch.nan) if bool(nan.any()) else value
+    # NaN has the greatest bits, and a maximum is quicker than looking at every code for it.
+    if half.numel() and int(half.bitwise_and_(0x7FFF).amax()) == 0x3F80:
+        value.masked_fill_(half == 0x3F80, torch.nan)
+    return value

@@ -56,10 +56,9 @@ def absmax_scale(weight: torch.Tensor, quant_type: QuantType, granularity: Granu
     check_matrix(weight)
     shape = granularity.scale_shape(weight.shape)
     peaks = [
-        group_amax(weight[rows].to(_work_dtype(weight)).abs(), granularity)
-        for rows in row_chunks(weight.shape, granularity)
+        group_amax(_magnitudes(weight[rows]), granularity) for rows in row_chunks(weight.shape, granularity)
     ]
-    peak = torch.cat(peaks).double() if peaks else weight.new_zeros(shape, dtype=torch.float64)
+    peak = _values(torch.cat(peaks), weight.dtype) if peaks else weight.new_zeros(shape, dtype=torch.float64)
     if not shape:
         peak = peak.amax() if peak.numel() else peak.new_zeros(())
     if not peak.isfinite().all():
@@ -72,12 +71,25 @@ def absmax_scale(weight: torch.Tensor, quant_type: QuantType, granularity: Granu
     return torch.where(peak == 0, 1.0, scale)
 
 
+def _magnitudes(rows: torch.Tensor) -> torch.Tensor:
+    """What orders like |rows|: for 16-bit floats their bits without the sign, which CPUs compare in bulk."""
+    if rows.dtype.itemsize == 2:
+        return rows.view(torch.int16).bitwise_and(0x7FFF)
+    return rows.abs()
+
+
+def _values(magnitudes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers, in fp64, that :func:`_magnitudes` made of ``dtype``."""
+    return (magnitudes.view(dtype) if dtype.itemsize == 2 else magnitudes).double()
+
+
 def normalise(
     weight: torch.Tensor, scale: torch.Tensor, granularity: Granularity, rows: slice
 ) -> torch.Tensor:
     """A chunk of rows divided by its scale, as fp32."""
     work = _work_dtype(weight)
-    return (weight[rows].to(work) / expand_scale(scale, granularity, rows, weight.shape[1]).to(work)).float()
+    spread = expand_scale(scale, granularity, rows, weight.shape[1]).to(work)
+    return weight[rows].to(work, copy=True).div_(spread).float()
 
 
 def _work_dtype(weight: torch.Tensor) -> torch.dtype:

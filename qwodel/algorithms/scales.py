@@ -12,7 +12,7 @@ from qwodel.algorithms.scale_choice import absmax_scale, normalise, search_scale
 from qwodel.algorithms.tiles import check_finite, check_matrix, expand_scale, row_chunks
 from qwodel.exceptions import ValidationError
 
-__all__ = ["Quantized", "absmax_scale", "dequantize", "quantize", "search_scale"]
+__all__ = ["Quantized", "absmax_scale", "dequantize", "nearest_codes", "quantize", "search_scale"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,19 +77,37 @@ def quantize(
     check_matrix(weight)
     if scale is None:
         scale = absmax_scale(weight, quant_type, granularity)
-    else:
-        scale = scale.to(device=weight.device, dtype=torch.float32)
-        check_scale(scale, granularity, weight.shape)
+        return Quantized(
+            nearest_codes(weight, scale, quant_type, granularity), scale, quant_type, granularity
+        )
+    scale = scale.to(device=weight.device, dtype=torch.float32)
+    check_scale(scale, granularity, weight.shape)
     codes = torch.empty(weight.shape, dtype=quant_type.dtype, device=weight.device)
     for rows in row_chunks(weight.shape, granularity):
         x = normalise(weight, scale, granularity, rows)
         # A sum that is finite has finite terms; one that is not may have overflowed.
         if not bool(x.sum().isfinite()):
             check_finite(weight)
-        if not quant_type.is_float:
-            x.round_()  # the cast to an integer truncates; the one to FP8 rounds to even by itself
-        codes[rows] = x.clamp_(quant_type.qmin, quant_type.qmax)
+        codes[rows] = _rounded(x, quant_type).clamp_(quant_type.qmin, quant_type.qmax)
     return Quantized(codes, scale, quant_type, granularity)
+
+
+def nearest_codes(
+    weight: torch.Tensor, scale: torch.Tensor, quant_type: QuantType, granularity: Granularity
+) -> torch.Tensor:
+    """The codes of :func:`quantize` for the scale that :func:`absmax_scale` finds for this weight, or for one it is part of.
+
+    Such a scale is not found for NaN and Inf and lets nothing saturate, so neither is looked for again.
+    """
+    codes = torch.empty(weight.shape, dtype=quant_type.dtype, device=weight.device)
+    for rows in row_chunks(weight.shape, granularity):
+        codes[rows] = _rounded(normalise(weight, scale, granularity, rows), quant_type)
+    return codes
+
+
+def _rounded(x: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+    """``x`` as it is cast to codes: to an integer that truncates, to FP8 it rounds to even by itself."""
+    return x if quant_type.is_float else x.round_()
 
 
 def dequantize(

@@ -24,8 +24,8 @@ __all__ = [
     "row_chunks",
 ]
 
-CHUNK_ELEMENTS = 1 << 18
-"""Weights in a chunk: 1 MiB as fp32, so that a chunk's temporaries stay in the second-level cache."""
+CHUNK_ELEMENTS = 1 << 17
+"""Weights in a chunk: 512 KiB as fp32, so that a chunk's temporaries stay in the second-level cache."""
 
 _SUM_COLUMNS = 1 << 14  # torch splits a longer single sum among threads, in an order of its own
 

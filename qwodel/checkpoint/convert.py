@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from qwodel.exceptions import IntegrityError
 from qwodel.progress import Progress
 
 __all__ = ["Conversion", "convert"]
+
+_SYNC_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ def convert(
     factory = WorkerFactory(plan.source, plan.files, paths)
     done, errors, finished, fell_back = 0, {}, set(), []
     reports: dict[str, RoundingReport] = {}
+    disk = _Disk(plan, paths)
     # An error's traceback would keep the generator, and its processes, alive.
     with closing((executor or SerialExecutor()).run(factory, work)) as results:
         for result in results:
@@ -86,6 +90,7 @@ def convert(
                 if result.measured.report is not None:
                     reports[result.name.removesuffix(".weight")] = result.measured.report
             progress.update(done, total, result.name)
+            disk.wrote(result.name)
     if missing := {each.name for each in work} - finished:
         raise IntegrityError(f"{len(missing)} tensors were not written: {min(missing)!r} …")
     _finish(plan, destination, paths)
@@ -105,6 +110,24 @@ def _finish(plan: Plan, destination: Path, paths: Mapping[str, Path]) -> None:
         target = destination / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+
+
+class _Disk:
+    """Forces files to disk piece by piece while the next tensors are computed, so that little is left for the end."""
+
+    def __init__(self, plan: Plan, paths: Mapping[str, Path]) -> None:
+        self._sizes = {each.name: each.output_bytes for each in plan.tensors}
+        places = {tensor: paths[file.name] for file in plan.files for tensor in file.offsets}
+        self._files = {each.name: places[each.outputs[0].name] for each in plan.tensors if each.outputs}
+        self._waiting: Counter[Path] = Counter()
+
+    def wrote(self, name: str) -> None:
+        """Note a finished tensor, and sync its file where enough has come together."""
+        path = self._files[name]
+        self._waiting[path] += self._sizes[name]
+        if self._waiting[path] >= _SYNC_BYTES:
+            _sync(path)
+            del self._waiting[path]
 
 
 def _sync(path: Path) -> None:

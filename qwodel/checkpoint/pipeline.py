@@ -1,9 +1,11 @@
-"""Reading, computing and writing at the same time, with the computing on a device.
+"""Reading, computing and writing at the same time, with the computing on a device or on all cores.
 
-One thread reads ahead, the calling thread computes, one thread writes behind.
-The queues between them are bounded in bytes, so memory follows the largest
-piece and not the checkpoint. Sums keep the order a serial run has, so on the
-CPU the bytes are the same; on a device rounding to nearest gives them too.
+For a device, one thread reads ahead, the calling thread computes, one thread
+writes behind. The queues between them are bounded in bytes, so memory follows
+the largest piece and not the checkpoint. Sums keep the order a serial run has,
+so on the CPU the bytes are the same; on a device rounding to nearest gives them
+too. On the CPU that is left to weights which are worked on whole: those in slabs
+take so little memory that each core has one of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from qwodel.checkpoint.streaming import StreamingOptions, device_memory
 from qwodel.exceptions import ConversionError, ResourceError
 from qwodel.hardware import cpu_count
 
-__all__ = ["PipelineExecutor", "StagedWorker", "executor_for", "make_executor"]
+__all__ = ["CoresExecutor", "PipelineExecutor", "StagedWorker", "executor_for", "make_executor"]
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +69,7 @@ class StagedWorker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PipelineExecutor:
-    """Three stages in three threads.
-
-    Workers that are no :class:`StagedWorker` run in a few threads instead.
+    """Three stages in three threads, for workers that are a :class:`StagedWorker`.
 
     Attributes:
         device: where tasks are computed that the streaming options leave there.
@@ -90,32 +90,58 @@ class PipelineExecutor:
             ResourceError: the device's memory ran out where it may not, or the CPU's after it.
         """
         with factory() as worker:
-            if isinstance(worker, StagedWorker):
-                # Threads share BLAS, whose sums depend on how many it uses.
-                before = torch.get_num_threads()
-                torch.set_num_threads(1)
-                try:
-                    with closing(_Run(self, worker, list(tasks)).results()) as results:
-                        yield from results
-                finally:
-                    torch.set_num_threads(before)
-                return
-        with closing(ThreadExecutor(min(cpu_count(), _THREADS)).run(factory, tasks)) as results:
-            yield from results
+            assert isinstance(worker, StagedWorker)
+            # Threads share BLAS, whose sums depend on how many it uses.
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                with closing(_Run(self, worker, list(tasks)).results()) as results:
+                    yield from results
+            finally:
+                torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, slots=True)
+class CoresExecutor:
+    """A few threads of this process; what a :class:`StagedWorker` needs whole goes through stages afterwards.
+
+    Attributes:
+        threads: how many tasks are worked on at a time.
+    """
+
+    threads: int = field(default_factory=lambda: min(cpu_count(), _THREADS))
+
+    def run(
+        self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
+    ) -> Generator[ResultT, None, None]:
+        """See :class:`~qwodel.checkpoint.executor.Executor`.
+
+        Raises:
+            ResourceError: the memory ran out.
+        """
+        in_slabs: list[TaskT] = []
+        whole: list[TaskT] = []
+        with factory() as worker:
+            staged = worker if isinstance(worker, StagedWorker) else None
+            for task in tasks:
+                (whole if staged is not None and staged.needs(task) else in_slabs).append(task)
+        for executor, share in ((ThreadExecutor(self.threads), in_slabs), (PipelineExecutor(_CPU), whole)):
+            if share:
+                with closing(executor.run(factory, share)) as results:
+                    yield from results
 
 
 def executor_for(
     device: torch.device, workers: int = 1, streaming: StreamingOptions | None = None
 ) -> Executor:
-    """Return the executor of a conversion: a pipeline, or ``workers`` processes on the CPU.
+    """Return the executor of a conversion: a pipeline for a device, threads or ``workers`` processes on the CPU.
 
     Raises:
         ConfigurationError: ``workers`` is below 1.
     """
     if device.type == "cpu":
         log.debug("everything is computed on the CPU, so streaming modes have nothing to move")
-        if workers != 1:
-            return ProcessExecutor(workers)
+        return CoresExecutor() if workers == 1 else ProcessExecutor(workers)
     return PipelineExecutor(device, streaming or StreamingOptions())
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from qwodel.checkpoint.layer_config import LayerConfig
 from qwodel.checkpoint.layer_filters import validate_filters
 from qwodel.checkpoint.rounding import Rounding
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from qwodel.checkpoint.layer_config import LayerConfig
 
 __all__ = ["DEFAULT_SHARD_SIZE", "LayerOverride", "LoraSource", "Recipe"]
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-__all__ = ["SLAB_ELEMENTS", "row_slabs"]
+__all__ = ["CACHED_ELEMENTS", "SLAB_ELEMENTS", "row_slabs"]
 
 SLAB_ELEMENTS = 1 << 21
-"""Elements of a slab: 8 MiB as fp32. Slabs never depend on the number of workers, so results do not either."""
+"""Elements of a slab on its way to a device: 8 MiB as fp32. Results do not depend on the size of slabs."""
+
+CACHED_ELEMENTS = 1 << 18
+"""Elements of a slab that one core reads, works on and writes: small enough to stay in its caches and to be read
+into memory that the slab before has left, since fresh memory costs more than reading does."""
 
 
 def row_slabs(

@@ -54,17 +54,18 @@ class ScaledDecoder:
 
     def rows(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
         codes = self.codes(reader, start, stop)
-        return codes.mul_(self.spread(reader, start, stop, codes.shape))
+        return codes.mul_(self.spread(self.factors(reader), start, stop, codes.shape))
 
     def codes(self, reader: UnifiedSafetensorsLoader, start: int, stop: int) -> torch.Tensor:
         """The codes of rows ``[start, stop)`` in fp32."""
         return codes_to_float(reader.get_rows(self.data, start, stop))
 
-    def spread(
-        self, reader: UnifiedSafetensorsLoader, start: int, stop: int, shape: torch.Size
-    ) -> torch.Tensor:
-        """Return the scales of rows ``[start, stop)``, broadcastable to those rows' ``shape``."""
-        scale = reader.get_tensor(self.scale).float()
+    def factors(self, reader: UnifiedSafetensorsLoader) -> torch.Tensor:
+        """All scales as stored, in fp32."""
+        return reader.get_tensor(self.scale).float()
+
+    def spread(self, scale: torch.Tensor, start: int, stop: int, shape: torch.Size) -> torch.Tensor:
+        """Return those of :meth:`factors` that rows ``[start, stop)`` have, broadcastable to those rows' ``shape``."""
         if scale.numel() == 1:
             return scale.reshape(())
         scale = scale.reshape(*scale.shape, *(1 for _ in range(len(shape) - scale.ndim)))

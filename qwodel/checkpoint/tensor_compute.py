@@ -15,7 +15,7 @@ import torch
 from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.quant_types import TENSOR
-from qwodel.algorithms.scales import absmax_scale, quantize
+from qwodel.algorithms.scales import absmax_scale, nearest_codes
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.dtypes import torch_dtype
 from qwodel.checkpoint.layout import OutputTensor, Role
@@ -64,19 +64,19 @@ def in_slabs(plan: TensorPlan) -> bool:
     return isinstance(plan.rounding, Nearest) or plan.rounding.rows_apart(plan.format.granularity)
 
 
-def plan_slabs(plan: TensorPlan) -> Iterator[tuple[int, int]]:
-    """Yield row ranges in the order in which :func:`compute_tensor` wants them."""
+def plan_slabs(plan: TensorPlan, elements: int) -> Iterator[tuple[int, int]]:
+    """Yield row ranges in the order in which :func:`compute_tensor` wants them; slabs have about ``elements`` weights."""
     shape = plan.source.shape
     if not in_slabs(plan):
         yield 0, shape[0]
     elif plan.action is Action.QUANTIZE and plan.format:
         granularity = plan.format.granularity
-        yield from row_slabs(shape, granularity.block_rows or 1)
+        yield from row_slabs(shape, granularity.block_rows or 1, elements)
         if granularity == TENSOR and isinstance(plan.rounding, Nearest):
             # A pass for the scale, one for the codes: a second read is cheaper than fresh memory.
-            yield from row_slabs(shape)
+            yield from row_slabs(shape, elements=elements)
     else:
-        yield from row_slabs(shape)
+        yield from row_slabs(shape, elements=elements)
 
 
 def compute_tensor(
@@ -142,22 +142,24 @@ def _nearest(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Ten
     codes, scale = _by_role(plan.outputs)
     shared = None
     if wanted.granularity == TENSOR:
-        count = sum(1 for _ in row_slabs(plan.source.shape))
-        shared = _tensor_scale(wanted, (next(pieces) for _ in range(count)))
+        shared = _tensor_scale(wanted, pieces, plan.source.shape[0])
     scales, place = [], 0
     for rows in pieces:
-        done = quantize(rows, wanted.quant_type, wanted.granularity, shared)
-        scales.append(done.scale)
-        yield Write(codes.name, _as_stored(done.codes, codes), place)
-        place += done.codes.nbytes
+        part = absmax_scale(rows, wanted.quant_type, wanted.granularity) if shared is None else shared
+        done = nearest_codes(rows, part, wanted.quant_type, wanted.granularity)
+        scales.append(part)
+        yield Write(codes.name, _as_stored(done, codes), place)
+        place += done.nbytes
     yield Write(scale.name, shared if shared is not None else torch.cat(scales))
 
 
-def _tensor_scale(wanted: StorageFormat, pieces: Iterator[torch.Tensor]) -> torch.Tensor:
-    """The whole tensor's absmax scale."""
+def _tensor_scale(wanted: StorageFormat, pieces: Iterator[torch.Tensor], count: int) -> torch.Tensor:
+    """The whole tensor's absmax scale, from the pieces of its first ``count`` rows."""
     assert wanted.quant_type is not None
     scales = []
-    for rows in pieces:
+    while count > 0:
+        rows = next(pieces)
+        count -= rows.shape[0]
         scale = absmax_scale(rows, wanted.quant_type, TENSOR)
         # A slab of zeros has the scale 1, which says nothing about the rest.
         if float(scale) != 1.0 or bool(rows.any()):

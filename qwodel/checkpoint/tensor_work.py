@@ -20,6 +20,7 @@ from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.plan import TensorPlan
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.rounding import FromStatistics
+from qwodel.checkpoint.slabs import CACHED_ELEMENTS, SLAB_ELEMENTS
 from qwodel.checkpoint.tensor_compute import Measured, Write, compute_tensor, in_slabs, plan_slabs, threads
 from qwodel.checkpoint.writer import FilePlan, PlannedWriter
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
@@ -85,7 +86,7 @@ class TensorWorker:
             ConversionError: the method failed on this tensor.
             ResourceError: memory ran out.
         """
-        work = self.compute(plan, self.read(plan), _CPU)
+        work = self.compute(plan, self._read(plan, CACHED_ELEMENTS), _CPU)
         while True:
             try:
                 self.write(next(work))
@@ -106,13 +107,16 @@ class TensorWorker:
 
     def read(self, plan: TensorPlan) -> Iterator[torch.Tensor]:
         """Yield what :meth:`compute` will want of the source, in that order, in memory of its own."""
+        return self._read(plan, SLAB_ELEMENTS)
+
+    def _read(self, plan: TensorPlan, elements: int) -> Iterator[torch.Tensor]:
         with _naming(plan):
             if plan.action is Action.COPY:
                 yield from self._stored_bytes(plan.source.stored[0])
             else:
                 # A merge's sums depend on the number of threads, and results must not.
                 with threads(1 if plan.loras else None):
-                    for start, stop in plan_slabs(plan):
+                    for start, stop in plan_slabs(plan, elements):
                         yield weight_rows(self._reader, plan, start, stop)
 
     def compute(

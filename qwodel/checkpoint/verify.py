@@ -33,8 +33,9 @@ from qwodel.progress import Progress
 __all__ = ["LayerQuality", "verify"]
 
 _COMPARE_BYTES = 8 << 20
-_MEASURE_ELEMENTS = 1 << 18  # a slab's temporaries stay in a core's cache
+_MEASURE_ELEMENTS = 1 << 17  # a slab's temporaries stay in a core's cache
 _AGREEMENT_DB = 0.01
+_SUBNORMAL = 1e-44  # fp32 has steps of 1.4e-45 there, however small the scale
 _SMALL = 1e-25  # below, squares may have vanished in fp32
 
 
@@ -175,20 +176,22 @@ class _Verifier:
             raise IntegrityError(f"{plan.name!r} cannot be decoded from what was written")
         multiple = decoder.block[0] if decoder.block[0] < plan.source.shape[0] else 1
         signal, noise, worst = 0.0, 0.0, 0.0
+        factors = decoder.factors(self._output)
         slabs = row_slabs(plan.source.shape, multiple, _MEASURE_ELEMENTS)
         for start, stop in [(0, plan.source.shape[0])] if whole else slabs:
             weight = weight_rows(self._source, plan, start, stop).float()
             if basis is not None:
                 weight = basis.apply(weight)
             codes = decoder.codes(self._output, start, stop)
-            scale = decoder.spread(self._output, start, stop, codes.shape)
+            scale = decoder.spread(factors, start, stop, codes.shape)
             error = (codes * scale).sub_(weight)
             signal += _square_sum(weight)
             noise += _square_sum(error)
-            turned = error if basis is None else basis.restore(error)
-            worst = max(worst, float(turned.abs().amax()))
+            turned = None if basis is None else basis.restore(error)
+            peaks = error.abs_().amax(dim=1, keepdim=True)
+            worst = max(worst, float(peaks.amax() if turned is None else turned.abs().amax()))
             if isinstance(plan.rounding, Nearest):
-                _check_bound(plan, codes, scale, error)
+                _check_bound(plan, codes, scale, error, peaks)
         sqnr = _decibels(signal, noise)
         if not isinstance(plan.rounding, Nearest):
             if check.squared_error is None:
@@ -238,23 +241,34 @@ def _config(factory: _VerifierFactory) -> Mapping[str, Any]:
     return document
 
 
-def _check_bound(plan: TensorPlan, codes: torch.Tensor, scale: torch.Tensor, error: torch.Tensor) -> None:
-    """No error of plain rounding exceeds half the distance between neighbouring codes."""
+def _check_bound(
+    plan: TensorPlan, codes: torch.Tensor, scale: torch.Tensor, sizes: torch.Tensor, peaks: torch.Tensor
+) -> None:
+    """No error of plain rounding exceeds half the distance between neighbouring codes.
+
+    Args:
+        codes: of a slab, in fp32; overwritten.
+        scale: their scales, broadcastable to them.
+        sizes: ``|W−Ŵ|``; overwritten.
+        peaks: the largest of each row.
+    """
     quant_type = plan.format.quant_type if plan.format else None
     if quant_type is None:
         return
-    excess = error.div_(scale).abs_()
-    if quant_type.is_float:
-        # Clearing an fp32's sign and mantissa bits leaves the power of two below it.
-        power = (codes.view(torch.int32) & 0x7F800000).view(torch.float32)
-        excess.sub_(
-            power.mul_(2.0 ** (-quant_type.mantissa_bits - 1)).clamp_(min=0.5 * quant_type.smallest_step)
-        )
-    else:
-        excess.sub_(0.5)
     # What fp32 division and product add grows with the code; a merge summed in another order adds more.
-    slack = 1e-5 * (quant_type.qmax if plan.loras else quant_type.smallest_step)
-    if bool((excess > codes.abs_().mul_(1e-6).add_(slack)).any()):
+    merged = 1e-5 * quant_type.qmax if plan.loras else 0.0
+    if not quant_type.is_float:
+        allowed = scale * (0.5 + 2e-6 * quant_type.qmax + merged)
+        # Where a row has one scale, its largest error speaks for all of them.
+        excess = peaks - allowed if scale.ndim == 0 or scale.shape[1] == 1 else sizes.sub_(allowed)
+    else:
+        # Clearing an fp32's sign and mantissa bits leaves the power of two below it.
+        codes.view(torch.int32).bitwise_and_(0x7F800000)
+        power = codes.clamp_(min=2.0**quant_type.min_exponent)
+        half_step = 2.0 ** (-quant_type.mantissa_bits - 1) * (1 + 6e-5)
+        steps = power.mul_(half_step).add_(merged).mul_(scale) if merged else power.mul_(scale * half_step)
+        excess = sizes.sub_(steps)
+    if not float(excess.amax()) <= _SUBNORMAL:  # NaN too
         raise IntegrityError(f"{plan.name!r} holds codes that are not the nearest to its weights")
 
 

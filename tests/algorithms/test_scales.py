@@ -10,7 +10,14 @@ from hypothesis import given, settings
 
 from qwodel.algorithms import tiles
 from qwodel.algorithms.quant_types import FP8_E4M3, INT8, QUANT_TYPES, ROW, TENSOR, Granularity
-from qwodel.algorithms.scales import Quantized, absmax_scale, dequantize, quantize, search_scale
+from qwodel.algorithms.scales import (
+    Quantized,
+    absmax_scale,
+    dequantize,
+    nearest_codes,
+    quantize,
+    search_scale,
+)
 from qwodel.exceptions import ConfigurationError, ValidationError
 
 from .strategies import granularities, grid_of, quant_types, spread, weights
@@ -276,3 +283,35 @@ def test_codes_must_have_their_type():
 def test_statistics_that_do_not_fit(statistics, error):
     with pytest.raises(error):
         search_scale(torch.ones(2, 4), INT8, ROW, **statistics)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", [TENSOR, ROW, Granularity.group(24), Granularity.block(24)])
+def test_absmax_of_every_16_bit_number(dtype, granularity):
+    """Magnitudes are compared as bits there, and as numbers in fp64."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    weight = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))]
+    weight = weight[: len(weight) // 250 * 250].reshape(-1, 250)
+    found = absmax_scale(weight, INT8, granularity)
+    assert torch.equal(found, absmax_scale(weight.double(), INT8, granularity))
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_nothing_saturates_by_the_scale_of_absolute_maxima(quant_type, dtype):
+    """Peaks whose scale was rounded, and the smallest and largest a dtype has, give the largest code and none beyond."""
+    peaks = torch.cat(
+        [
+            torch.rand(4000, dtype=torch.float64) + 0.5,
+            torch.tensor([torch.finfo(dtype).tiny, torch.finfo(dtype).smallest_normal * 3, 1e-7, 6e4]),
+            torch.tensor([min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)], dtype=torch.float64),
+        ]
+    ).to(dtype)
+    weight = torch.stack([peaks, -peaks], 1)
+    scale = absmax_scale(weight, quant_type, ROW)
+    codes = nearest_codes(weight, scale, quant_type, ROW).double()
+    assert torch.equal(codes, quantize(weight, quant_type, ROW, scale).codes.double())
+    # A scale that would be no normal fp32 is larger than the peak asks for.
+    normal = peaks.double() / quant_type.qmax > torch.finfo(torch.float32).tiny
+    assert (codes[normal].abs() == quant_type.qmax).all()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import qwodel.checkpoint.tensor_compute as tensor_compute
+import qwodel.checkpoint.convert as convert_module
 import qwodel.checkpoint.tensor_work as tensor_work
 import qwodel.checkpoint.verify as verify_module
 from qwodel.algorithms.quant_types import FP8_E4M3
@@ -276,6 +276,95 @@ def test_a_flipped_byte_is_found(tmp_path: Path, victim: str, rounding: Rounding
         verify(conversion)
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("int8_quip", "int8_convrot")])
+def test_a_code_beside_the_nearest_is_found(tmp_path: Path, name: str) -> None:
+    """Also one in a quarter of a million, in the last slab."""
+    shape = (700, 512)
+    generator = torch.Generator().manual_seed(3)
+    # Each row has its own magnitude, so that a tensor's FP8 codes are subnormal in some.
+    weight = torch.randn(shape, generator=generator) * torch.logspace(-5, 0, shape[0])[:, None]
+    save_file({"blocks.0.proj.weight": weight.bfloat16()}, tmp_path / "in.safetensors")
+    recipe = Recipe(format=storage_format(name), rounding=Nearest())
+    plan = build_plan(tmp_path / "in.safetensors", recipe, ComfyUILayout())
+    conversion = convert(plan, tmp_path / "out.safetensors")
+    verify(conversion)
+    begin = plan.files[0].offsets["blocks.0.proj.weight"]
+    for place in (5, 350 * 512 + 77, shape[0] * shape[1] - 1):
+        with (tmp_path / "out.safetensors").open("r+b") as file:
+            file.seek(begin + place)
+            right = file.read(1)[0]
+            for wrong in (right ^ 1, 0x7F if name.startswith("fp8") else right ^ 0x80):  # 0x7F is FP8's NaN
+                file.seek(begin + place)
+                file.write(bytes([wrong]))
+                file.flush()
+                with pytest.raises(IntegrityError, match="not the nearest"):
+                    verify(conversion)
+            file.seek(begin + place)
+            file.write(bytes([right]))
+    verify(conversion)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("int8_quip", "int8_convrot")])
+def test_the_nearest_codes_of_the_smallest_weights_are_accepted(tmp_path: Path, name: str) -> None:
+    """Down to fp32's subnormal numbers, where products with a scale lose their last bits."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    weight *= torch.logspace(-45, -33, 256, dtype=torch.float64)[:, None]
+    save_file({"blocks.0.proj.weight": weight.float()}, tmp_path / "in.safetensors")
+    _, quality = run(
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", format=name, rounding=Nearest()
+    )
+    assert quality["blocks.0.proj.weight"].sqnr_db > 20
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_row", "int8_row", "int8_block"])
+def test_swapped_tensors_and_wrong_scales_are_found(tmp_path: Path, name: str) -> None:
+    weights = random_weights({"a.weight": (64, 32), "b.weight": (64, 32)})
+    weights["b.weight"] *= 1.37
+    save_file(weights, tmp_path / "in.safetensors")
+    recipe = Recipe(format=storage_format(name, 16 if name.endswith("block") else None), rounding=Nearest())
+    plan = build_plan(tmp_path / "in.safetensors", recipe, ComfyUILayout())
+    target = tmp_path / "out.safetensors"
+    conversion = convert(plan, target)
+    written, whole = load_file(target), target.read_bytes()
+    for kind in ("weight", "weight_scale"):
+        places = [plan.files[0].offsets[f"{layer}.{kind}"] for layer in "ab"]
+        size = written[f"a.{kind}"].nbytes
+        parts = [whole[place : place + size] for place in places]
+        damaged = bytearray(whole)
+        for place, part in zip(places, reversed(parts), strict=True):
+            damaged[place : place + size] = part
+        target.write_bytes(damaged)
+        with pytest.raises(IntegrityError):
+            verify(conversion)
+    place = plan.files[0].offsets["a.weight_scale"]
+    scale = written["a.weight_scale"].flatten()
+    scale[-1] *= 1.01
+    target.write_bytes(whole[:place] + scale.numpy().tobytes() + whole[place + scale.nbytes :])
+    with pytest.raises(IntegrityError):
+        verify(conversion)
+
+
+def test_files_are_forced_to_disk_while_tensors_are_still_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_sharded(tmp_path / "in", llama_weights(2), 2)
+    (tmp_path / "in" / "config.json").write_text("{}")
+    events: list[str] = []
+    plain = convert_module._sync
+    monkeypatch.setattr(convert_module, "_SYNC_BYTES", 6000)
+    monkeypatch.setattr(convert_module, "_sync", lambda path: (events.append(path.name), plain(path)))
+    recipe = Recipe(format=storage_format("int8_row"), max_shard_size=20_000)
+    plan = build_plan(tmp_path / "in", recipe, TransformersLayout())
+    (tmp_path / "out").mkdir()
+    progress = Progress(lambda *args: events.append("progress"), {"quantize": 1})
+    conversion = convert(plan, tmp_path / "out", progress=progress)
+    files = sorted(path.name for path in conversion.files)
+    # Some on the way, and each of them once at the end.
+    assert len(files) > 1
+    assert sorted(events[-len(files) :]) == files
+    assert set(events[: -len(files)]) > {"progress"}
+
+
 class Breaks:
     """A rounding whose worker dies."""
 
@@ -395,8 +484,8 @@ def test_many_slabs_decode_and_verify(tmp_path: Path, monkeypatch: pytest.Monkey
     size = 16 if storage_format(name).granularity.is_block else None
     run(source, tmp_path / "whole.safetensors", format=name, block_size=size)
     small = functools.partial(row_slabs, elements=1200)
-    for module in (tensor_compute, verify_module):
-        monkeypatch.setattr(module, "row_slabs", lambda shape, multiple=1, _=0: small(shape, multiple))
+    monkeypatch.setattr(verify_module, "row_slabs", lambda shape, multiple=1, _=0: small(shape, multiple))
+    monkeypatch.setattr(tensor_work, "CACHED_ELEMENTS", 1200)
     monkeypatch.setattr(tensor_work, "_COPY_BYTES", 100)
     _, quality = run(source, tmp_path / "slabs.safetensors", format=name, block_size=size)
     assert list(quality) == ["blocks.0.proj.weight"]

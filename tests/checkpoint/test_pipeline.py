@@ -20,11 +20,10 @@ from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import Conversion, convert
 from qwodel.checkpoint.executor import Executor, ProcessExecutor, SerialExecutor, ThreadExecutor
-from qwodel.checkpoint.pipeline import PipelineExecutor, executor_for
+from qwodel.checkpoint.pipeline import CoresExecutor, PipelineExecutor, executor_for, make_executor
 from qwodel.checkpoint.plan import build_plan
-from qwodel.checkpoint.recipe import LoraSource, Recipe
+from qwodel.checkpoint.recipe import LayerOverride, LoraSource, Recipe
 from qwodel.checkpoint.rounding import LayerWeight, Learned, Nearest, Rounding, ScaleSearch
-from qwodel.checkpoint.slabs import row_slabs
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.streaming import StreamingOptions, StreamingThresholds, resolve_device
 from qwodel.checkpoint.verify import verify
@@ -69,11 +68,15 @@ def run(
     return convert(plan, target, executor=executor, progress=progress)
 
 
+EXECUTORS: list[Executor] = [PipelineExecutor(CPU), CoresExecutor(3)]
+
+
 @pytest.fixture(params=["whole", "slabs"])
 def slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in one slab, or in many."""
     if request.param == "slabs":
-        monkeypatch.setattr(tensor_compute, "row_slabs", lambda *a: row_slabs(*a, elements=500))
+        monkeypatch.setattr(tensor_work, "SLAB_ELEMENTS", 500)
+        monkeypatch.setattr(tensor_work, "CACHED_ELEMENTS", 300)
         monkeypatch.setattr(tensor_work, "_COPY_BYTES", 700)
 
 
@@ -89,10 +92,11 @@ def test_the_bytes_are_those_of_one_task_after_another(
 ) -> None:
     path = source(tmp_path)
     run(path, tmp_path / "a", SerialExecutor(), name, rounding)
-    conversion = run(path, tmp_path / "b", PipelineExecutor(CPU), name, rounding)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert len(verify(conversion)) == (0 if name == "fp16" else 8)
-    assert not conversion.fell_back
+    for executor in EXECUTORS:
+        conversion = run(path, tmp_path / "b", executor, name, rounding)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        assert len(verify(conversion, executor=CoresExecutor(2))) == (0 if name == "fp16" else 8)
+        assert not conversion.fell_back
 
 
 def test_merges_have_the_same_bytes_too(tmp_path: Path) -> None:
@@ -100,9 +104,10 @@ def test_merges_have_the_same_bytes_too(tmp_path: Path) -> None:
     low = random_weights({"lora_A.weight": (7, 96), "lora_B.weight": (48, 7)}, torch.float32)
     save_file({f"{VICTIM}.{name}": tensor for name, tensor in low.items()}, tmp_path / "lora.safetensors")
     loras = (LoraSource(tmp_path / "lora.safetensors"),)
-    for target, executor in (("a", SerialExecutor()), ("b", PipelineExecutor(CPU))):
-        run(path, tmp_path / target, executor, loras=loras)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    run(path, tmp_path / "a", SerialExecutor(), loras=loras)
+    for executor in EXECUTORS:
+        run(path, tmp_path / "b", executor, loras=loras)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_the_cpu_takes_over_what_does_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,7 +268,7 @@ def test_cancelling_stops_the_threads(tmp_path: Path) -> None:
 
 
 def test_which_executor_serves_a_device() -> None:
-    assert executor_for(CPU, 1) == PipelineExecutor(CPU)
+    assert executor_for(CPU, 1) == make_executor() == CoresExecutor()
     assert executor_for(CPU, 2) == ProcessExecutor(2)
     cuda = torch.device("cuda")
     assert executor_for(cuda, 2, StreamingOptions("off")) == PipelineExecutor(cuda, StreamingOptions("off"))
@@ -294,10 +299,46 @@ class Plain:
 def test_workers_without_stages_run_in_threads() -> None:
     worker, before = Plain(), torch.get_num_threads()
     names = [f"task{n}" for n in range(50)]
-    found = list(PipelineExecutor(CPU).run(lambda: worker, names))  # type: ignore[type-var]
+    found = list(CoresExecutor().run(lambda: worker, names))  # type: ignore[type-var]
     assert sorted(found) == sorted(name.upper() for name in names)
     assert threading.get_ident() not in worker.threads
     assert torch.get_num_threads() == before
+
+
+@dataclass(frozen=True)
+class Places:
+    """Nearest rounding of whole weights that notes who computed them."""
+
+    seen: list[tuple[str, str]] = field(default_factory=list, compare=False)
+    name: str = "places"
+
+    def rows_apart(self, granularity: object) -> bool:
+        return False
+
+    def round(self, given: LayerWeight) -> Any:
+        self.seen.append((given.layer, threading.current_thread().name))
+        return given.nearest()
+
+
+def test_weights_in_slabs_share_the_cores_and_whole_ones_come_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, threads = source(tmp_path), set[str]()
+    run(path, tmp_path / "a", SerialExecutor(), rounding=Nearest())
+    plain = tensor_work.compute_tensor
+
+    def compute(plan: Any, *rest: Any) -> Any:
+        if plan.rounding == Nearest():
+            threads.add(threading.current_thread().name)
+        return plain(plan, *rest)
+
+    monkeypatch.setattr(tensor_work, "compute_tensor", compute)
+    whole = Places()
+    override = LayerOverride("down_proj", storage_format("int8_row"), whole)
+    run(path, tmp_path / "b", CoresExecutor(3), rounding=Nearest(), custom_layers=override)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert threads == {"qwodel-work"}
+    assert [name for _, name in whole.seen] == [threading.current_thread().name] * 2
 
 
 def test_a_failing_thread_ends_the_others() -> None:
