@@ -20,8 +20,9 @@ from qwodel.algorithms.objectives import (
     ProjectedObjective,
     top_singular_vectors,
 )
-from qwodel.algorithms.optimizers import Iterate, Problem, update_rule
+from qwodel.algorithms.optimizers import update_rule
 from qwodel.algorithms.quant_types import Granularity, QuantType
+from qwodel.algorithms.rounding_problem import Iterate, Problem
 from qwodel.algorithms.scale_choice import check_channel_weights, check_gram, normalise
 from qwodel.algorithms.scales import Quantized, quantize
 from qwodel.algorithms.schedules import Schedule, ScheduleOptions
