@@ -156,26 +156,29 @@ class _Run:
             outputs[number] = unit(*arrival.args, **arrival.kwargs)
 
         def quantize_and_run(layer: nn.Module, waiting: Sequence[Arrival]) -> Iterator[Any]:
-            # A layer that is called once more is quantized already.
-            if stage := led.pop(layer, None):
-                self._quantize_stage(layers, stage, waiting)
+            share = 0.5 / len(stages) / len(waiting)
+            stage = led.pop(layer, None)
+            if stage is not None:
+                self._quantize_stage(layers, stage, waiting, share)
             for each in waiting:
                 # The layer's own hooks have run before it stopped.
                 yield layer.forward(*each.args, **each.kwargs)
-                self._step(1 / len(stages) / len(arrivals), stage[0] if stage else "")
+                if stage is not None:  # else it is called once more
+                    self._step(share, f"quantized {stage[0]}")
 
         run_in_step(forward, range(len(arrivals)), list(led), quantize_and_run, finish=True)
         for number in range(len(arrivals)):
             yield outputs.pop(number)
 
     def _quantize_stage(
-        self, layers: Mapping[str, nn.Module], stage: Stage, waiting: Sequence[Arrival]
+        self, layers: Mapping[str, nn.Module], stage: Stage, waiting: Sequence[Arrival], share: float
     ) -> None:
         recorder = InputRecorder({}, even=self.even)
         first = (f"{stage[0]}.weight", None)
         for each in waiting:
             recorder.add(first, each.args[0] if each.args else next(iter(each.kwargs.values())))
             recorder.end_pass()
+            self._step(share, f"watching {stage[0]}")
         [group] = recorder.groups()
         keys = self.blocks.weights_of([(f"{name}.weight", None) for name in stage])
         replaced = self._solve(keys, group.sums.result())
