@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=1, help="interleaved runs; the median counts")
     parser.add_argument("--score", type=int, default=24, help="held-out sequences")
+    parser.add_argument("--no-peer", action="store_true", help="without llm-compressor")
     arguments = parser.parse_args()
     source = demo_model(cache_dir())
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -120,6 +121,8 @@ def main() -> None:
                 ("llm-compressor GPTQ", _PEER, []),
                 ("qwodel GPTQ", _OURS, ["gptq"]),
             ):
+                if arguments.no_peer and program is _PEER:
+                    continue
                 output = folder / f"{name.replace(' ', '-')}-{number}"
                 cost = run(program, source, folder / "tokens.npy", output, *extra)
                 found.setdefault(name, []).append(cost)
