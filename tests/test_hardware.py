@@ -17,7 +17,6 @@ from qwodel.hardware import (
     headroom,
     is_out_of_memory,
     refine_batch,
-    return_free_memory,
     with_backoff,
 )
 
@@ -160,7 +159,9 @@ def test_other_errors_are_not_taken_for_memory() -> None:
     assert not is_out_of_memory(RuntimeError("in-memory set"))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators give memory back their own way")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other allocators give memory back their own way"
+)
 def test_memory_that_small_objects_took_is_given_back() -> None:
     """In a process of its own: 100 MB of objects below one that stays, and so pins the heap's end."""
     program = """
