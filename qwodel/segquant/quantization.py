@@ -27,7 +27,7 @@ from qwodel.segquant.layer import (
     settle_together,
 )
 from qwodel.segquant.observe import LayerInputs, RowSampler
-from qwodel.segquant.solve import Seams
+from qwodel.segquant.seams import Seams
 
 __all__ = ["LayerReport", "QuantizationReport", "quantize", "quantize_model"]
 

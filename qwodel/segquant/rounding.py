@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -13,23 +12,11 @@ from qwodel.algorithms.scales import quantize, search_scale
 from qwodel.modules.input_rounding import asymmetric_range
 from qwodel.modules.weight_codes import WeightCodes
 from qwodel.segquant.config import CalibrationSettings, WeightSettings
+from qwodel.segquant.seams import WeightCut
 
-__all__ = ["WeightCut", "round_weight"]
+__all__ = ["round_weight"]
 
 _SMALLEST = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class WeightCut:
-    """Where a weight is cut into blocks with scales of their own.
-
-    Attributes:
-        outputs: rows of each segment.
-        inputs: columns of each segment.
-    """
-
-    outputs: tuple[int, ...]
-    inputs: tuple[int, ...]
 
 
 def round_weight(
