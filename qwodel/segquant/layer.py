@@ -10,9 +10,9 @@ from torch import nn
 
 from qwodel.modules.quantized_conv import ConvGeometry, QuantizedConv
 from qwodel.modules.segment_linear import SegmentLinear
-from qwodel.segquant.config import LayerSettings, Optimum, OptimumSettings
 from qwodel.segquant.observe import LayerInputs
 from qwodel.segquant.seams import Seams, WeightCut
+from qwodel.segquant.settings import LayerSettings, Optimum, OptimumSettings
 from qwodel.segquant.solve import Choice, Problem, shared_smoothing, solve
 
 __all__ = ["Smoothing", "is_target", "quantize_layer", "sample_limit", "sampled_rows", "settle_together"]

@@ -16,7 +16,7 @@ from qwodel.exceptions import ValidationError
 from qwodel.modeling.patterns import Patterns, find_patterns
 from qwodel.modeling.stepwise import Arrival, run_in_step
 from qwodel.segquant.batches import Call, calls_of, run_call
-from qwodel.segquant.config import Configuration, Optimum
+from qwodel.segquant.config import Configuration
 from qwodel.segquant.fold import fold_smoothing, norm_readers
 from qwodel.segquant.layer import (
     Smoothing,
@@ -28,6 +28,7 @@ from qwodel.segquant.layer import (
 )
 from qwodel.segquant.observe import LayerInputs, RowSampler
 from qwodel.segquant.seams import Seams
+from qwodel.segquant.settings import Optimum
 
 __all__ = ["LayerReport", "QuantizationReport", "quantize", "quantize_model"]
 

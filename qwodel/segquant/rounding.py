@@ -11,8 +11,8 @@ from qwodel.algorithms.quant_types import ROW, TENSOR, Granularity, QuantType
 from qwodel.algorithms.scales import quantize, search_scale
 from qwodel.modules.input_rounding import asymmetric_range
 from qwodel.modules.weight_codes import WeightCodes
-from qwodel.segquant.config import CalibrationSettings, WeightSettings
 from qwodel.segquant.seams import WeightCut
+from qwodel.segquant.settings import CalibrationSettings, WeightSettings
 
 __all__ = ["round_weight"]
 

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from qwodel.algorithms.low_rank import low_rank
-from qwodel.segquant.config import Optimum, OptimumSettings
+from qwodel.segquant.settings import Optimum, OptimumSettings
 
 __all__ = ["Factors", "SmoothedWeight", "low_rank_branch"]
 

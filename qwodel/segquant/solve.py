@@ -9,11 +9,11 @@ import torch
 
 from qwodel.algorithms.smoothing import smoothing_scales
 from qwodel.modules.segment_linear import SegmentProduct
-from qwodel.segquant.config import Calibrate, LayerSettings, Optimum, Polarity
 from qwodel.segquant.input_scales import input_rounding
 from qwodel.segquant.observe import SEARCH_ROWS, LayerInputs, thinned
 from qwodel.segquant.rounding import round_weight
 from qwodel.segquant.seams import WeightCut
+from qwodel.segquant.settings import Calibrate, LayerSettings, Optimum, Polarity
 from qwodel.segquant.smoothed_weight import Factors, SmoothedWeight, low_rank_branch
 
 __all__ = ["Choice", "Problem", "shared_smoothing", "solve"]
