@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     )
     from qwodel.segquant.calibration_set import BaseCalibSet, load_calibrate_set
     from qwodel.segquant.config import default_quantize_config
-    from qwodel.segquant.quantization import LayerReport, QuantizationReport, quantize, quantize_model
+    from qwodel.segquant.quantization import quantize, quantize_model
     from qwodel.segquant.recording import generate_calibrate_set
+    from qwodel.segquant.report import LayerReport, QuantizationReport
     from qwodel.segquant.samplers import AllSampler, NormalSampler, Sampler, TimestepSampler, UniformSampler
     from qwodel.segquant.settings import Calibrate, DType, Optimum
     from qwodel.segquant.storage import load_quantized, save_quantized
@@ -66,8 +67,9 @@ _MEMBERS = {
     ),
     "segquant.calibration_set": ("BaseCalibSet", "load_calibrate_set"),
     "segquant.config": ("default_quantize_config",),
-    "segquant.quantization": ("LayerReport", "QuantizationReport", "quantize", "quantize_model"),
+    "segquant.quantization": ("quantize", "quantize_model"),
     "segquant.recording": ("generate_calibrate_set",),
+    "segquant.report": ("LayerReport", "QuantizationReport"),
     "segquant.samplers": ("AllSampler", "NormalSampler", "Sampler", "TimestepSampler", "UniformSampler"),
     "segquant.settings": ("Calibrate", "DType", "Optimum"),
     "segquant.storage": ("load_quantized", "save_quantized"),
