@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwodel.checkpoint.decisions import Action, Decider, Decision, conv1d_weights
-from qwodel.checkpoint.dequantize_sources import Sources, SourceTensor, resolve_sources
+from qwodel.checkpoint.dequantize_sources import resolve_sources
 from qwodel.checkpoint.layout import Layout, OutputTensor, Role
 from qwodel.checkpoint.lora import LoraTerm, plan_merges
 from qwodel.checkpoint.model_directory import ModelDirectory
@@ -18,6 +18,7 @@ from qwodel.checkpoint.nonfinite import nonfinite_weights
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.recipe import Recipe
 from qwodel.checkpoint.rounding import Rounding
+from qwodel.checkpoint.source_tensor import Sources, SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.transformers_layout import TransformersLayout, config_bytes
 from qwodel.checkpoint.writer import FilePlan, index_bytes, pack_files
