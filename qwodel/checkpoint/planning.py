@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwodel.checkpoint.decisions import Action, Decider, Decision, conv1d_weights
@@ -20,7 +20,7 @@ from qwodel.checkpoint.recipe import Recipe
 from qwodel.checkpoint.source_tensor import Sources, SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.transformers_layout import TransformersLayout, config_bytes
-from qwodel.checkpoint.writer import index_bytes, pack_files
+from qwodel.checkpoint.writer import FilePlan, index_bytes, pack_files
 from qwodel.exceptions import ConfigurationError, ValidationError
 
 __all__ = ["build_plan"]
@@ -79,23 +79,14 @@ def _assemble(
         _tensor_plan(each, decisions[each.name], layout, merges.get(each.name, ()))
         for each in sources.tensors
     )
-    if recipe.format.quantizes and not any(each.action is Action.QUANTIZE for each in tensors):
-        raise ValidationError(
-            f"nothing in {source} would be quantized: {_why_kept(tensors)}",
-            hint="it may hold no linear layers, or the filters and patterns keep them all",
-        )
+    if recipe.format.quantizes:
+        _check_quantizes(source, tensors)
     constants = layout.extra_tensors(tensors)
     groups = [*(each.outputs for each in tensors if each.outputs), constants]
     _check_names(groups)
     limit = None if layout.single_file else recipe.max_shard_size
     files = pack_files(groups, layout.metadata(tensors, metadata), limit)
-    documents: dict[str, bytes] = {}
-    side_files: Mapping[str, Path] = {}
-    if isinstance(layout, TransformersLayout) and directory.config is not None:
-        documents["config.json"] = config_bytes(layout.config(directory.config, tensors))
-        if len(files) > 1:
-            documents["model.safetensors.index.json"] = index_bytes(files)
-        side_files = directory.side_files()
+    documents, side_files = _beside(layout, directory, tensors, files)
     warnings = _warnings(recipe, layout, tensors, unmatched)
     return Plan(
         source,
@@ -129,12 +120,27 @@ def _tensor_plan(
     return TensorPlan(source, action, decision.reason, outputs, wanted, decision.rounding, loras)
 
 
-def _why_kept(tensors: Iterable[TensorPlan]) -> str:
-    """Return the commonest reasons why matrices stay as they are."""
+def _check_quantizes(source: Path, tensors: Sequence[TensorPlan]) -> None:
+    if any(each.action is Action.QUANTIZE for each in tensors):
+        return
     reasons = Counter(each.reason for each in tensors if len(each.source.shape) > 1)
-    return (
-        "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3)) or "it holds no matrices"
+    commonest = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    raise ValidationError(
+        f"nothing in {source} would be quantized: {commonest or 'it holds no matrices'}",
+        hint="it may hold no linear layers, or the filters and patterns keep them all",
     )
+
+
+def _beside(
+    layout: Layout, directory: ModelDirectory, tensors: Sequence[TensorPlan], files: Sequence[FilePlan]
+) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """What goes beside the weights: documents to write, and files to copy."""
+    if not isinstance(layout, TransformersLayout) or directory.config is None:
+        return {}, {}
+    documents = {"config.json": config_bytes(layout.config(directory.config, tensors))}
+    if len(files) > 1:
+        documents["model.safetensors.index.json"] = index_bytes(files)
+    return documents, directory.side_files()
 
 
 def _check_names(groups: list[tuple[OutputTensor, ...]]) -> None:

@@ -80,13 +80,8 @@ def _symmetric(
     # Rows with scales of their own need no cut.
     pieces = list(torch.split(block, list(outputs))) if granularity == TENSOR else [block]
     if solve and gram is not None:
-        options = GptqOptions(
-            block_size=calib.blocksize,
-            damping=calib.percdamp,
-            act_order=calib.actorder,
-            scale="search" if search else "absmax",
-        )
         metric = gram.to("cpu") if calib.cpu_storage else gram
+        options = _gptq_options(calib, search=search)
         solved = [each.quantized for each in gptq_together(pieces, kind, granularity, metric, options)]
     else:
         weights = None if gram is None else gram.diagonal()
@@ -103,6 +98,15 @@ def _symmetric(
         torch.cat([each.codes for each in solved]).to(block.device),
         torch.cat(scales).to(block.device),
         sizes,
+    )
+
+
+def _gptq_options(calib: CalibrationSettings, *, search: bool) -> GptqOptions:
+    return GptqOptions(
+        block_size=calib.blocksize,
+        damping=calib.percdamp,
+        act_order=calib.actorder,
+        scale="search" if search else "absmax",
     )
 
 
