@@ -27,18 +27,13 @@ FORMAT = 1
 _TYPES = {each.name: each for each in (INT4, INT6, INT8, INT16, FP8_E4M3, FP8_E5M2)}
 
 
-def quantized_layers(model: nn.Module) -> dict[str, SegmentLinear | QuantizedConv]:
-    """Name → layer, of those that were quantized."""
-    return {
-        name: module
+def structure_of(model: nn.Module) -> dict[str, Any]:
+    """What the quantized layers of a model are made of, for JSON: all but their tensors."""
+    layers = {
+        name: _describe(module)
         for name, module in model.named_modules()
         if isinstance(module, SegmentLinear | QuantizedConv)
     }
-
-
-def structure_of(model: nn.Module) -> dict[str, Any]:
-    """What the quantized layers are made of, for JSON: all but their tensors."""
-    layers = {name: _describe(layer) for name, layer in quantized_layers(model).items()}
     return {"quant_method": QUANT_METHOD, "format": FORMAT, "layers": layers}
 
 
