@@ -86,8 +86,8 @@ def load_and_save(source: Path, target: Path) -> float:
 
 def stream(source: Path, target: Path, name: str, check: bool, workers: int, device: str) -> float:
     from qwodel.checkpoint.convert import convert
-    from qwodel.checkpoint.pipeline import executor_for, make_executor
-    from qwodel.checkpoint.plan import build_plan
+    from qwodel.checkpoint.device_executor import executor_for, make_executor
+    from qwodel.checkpoint.planning import build_plan
     from qwodel.checkpoint.recipe import Recipe
     from qwodel.checkpoint.storage_format import storage_format
     from qwodel.checkpoint.streaming import resolve_device
@@ -106,8 +106,8 @@ def stream_one_file(source: Path, target: Path, workers: int, device: str) -> fl
     """What :func:`convert_with_peer` does, by us, read back too."""
     from qwodel.checkpoint.comfyui import ComfyUILayout
     from qwodel.checkpoint.convert import convert
-    from qwodel.checkpoint.pipeline import executor_for, make_executor
-    from qwodel.checkpoint.plan import build_plan
+    from qwodel.checkpoint.device_executor import executor_for, make_executor
+    from qwodel.checkpoint.planning import build_plan
     from qwodel.checkpoint.recipe import Recipe
     from qwodel.checkpoint.storage_format import storage_format
     from qwodel.checkpoint.streaming import resolve_device

@@ -15,10 +15,11 @@ from qwodel.backends.weight_file_rounding import calibration_options, data_aware
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.decisions import Action
+from qwodel.checkpoint.device_executor import executor_for, make_executor
 from qwodel.checkpoint.layer_config import LayerConfig, load_layer_config
 from qwodel.checkpoint.layout import Layout
-from qwodel.checkpoint.pipeline import executor_for, make_executor
-from qwodel.checkpoint.plan import Plan, build_plan
+from qwodel.checkpoint.plan import Plan
+from qwodel.checkpoint.planning import build_plan
 from qwodel.checkpoint.recipe import LayerOverride, LoraSource, Recipe
 from qwodel.checkpoint.rounding import FromStatistics, FromStore
 from qwodel.checkpoint.storage_format import StorageFormat, storage_format

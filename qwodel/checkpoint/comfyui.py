@@ -20,9 +20,9 @@ import torch
 
 from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR, QuantType
 from qwodel.algorithms.quip import QuipTransform
-from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.dtypes import TORCH_DTYPES, dtype_name
 from qwodel.checkpoint.layout import OutputTensor, ReaderSupport, Role
+from qwodel.checkpoint.source_tensor import SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConfigurationError
 

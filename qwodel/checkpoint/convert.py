@@ -53,7 +53,7 @@ def convert(
     that need it whole; never the checkpoint.
 
     Args:
-        plan: from :func:`~qwodel.checkpoint.plan.build_plan`.
+        plan: from :func:`~qwodel.checkpoint.planning.build_plan`.
         destination: the file of a one-file layout, else the directory; a staging
             place, as nothing here is atomic.
         executor: where tensors are worked on; this process by default. The bytes

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.layer_filters import filter_verdict
 from qwodel.checkpoint.layout import Layout
 from qwodel.checkpoint.recipe import Recipe
 from qwodel.checkpoint.rounding import Nearest, Rounding, default_rounding
+from qwodel.checkpoint.source_tensor import SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat, storage_format
 
 __all__ = ["Action", "Decider", "Decision", "conv1d_weights"]

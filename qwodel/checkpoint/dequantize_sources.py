@@ -8,9 +8,8 @@ quantized is refused: a code read as a number is a ruined model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from qwodel.checkpoint.dtypes import FLOAT_DTYPES
@@ -22,12 +21,13 @@ from qwodel.checkpoint.source_decoders import (
     PlainDecoder,
     QuipDecoder,
     RotatedDecoder,
-    RowDecoder,
     ScaledDecoder,
 )
+from qwodel.checkpoint.source_tensor import Sources, SourceTensor
+from qwodel.checkpoint.stated_quantization import StatedQuantization
 from qwodel.exceptions import ValidationError
 
-__all__ = ["SourceTensor", "Sources", "resolve_sources"]
+__all__ = ["resolve_sources"]
 
 _CONVROT_DEFAULT = 256
 _CONVROT_SIZES = (4, 16, 64, 256, 1024)
@@ -42,45 +42,6 @@ _FOREIGN = {
 }  # fmt: skip
 _ACTIVATION_SCALES = ("input_scale", "scale_input", "activation_scale", "input_global_scale", "k_scale", "v_scale",
                       "output_scale", "input_activation_scale")  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """One weight of the source, as numbers.
-
-    Attributes:
-        name: the name it has when it is not quantized.
-        shape: the shape of the numbers.
-        dtype: safetensors dtype to store the numbers in when they are kept.
-        stored: the source's tensors it is read from; the data first.
-        decoder: ``None`` when the stored bytes are the tensor.
-        encoding: what the codes were, for the plan: ``"FP8 block"`` …
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    stored: tuple[str, ...]
-    decoder: RowDecoder | None = None
-    encoding: str = ""
-
-    @property
-    def is_float(self) -> bool:
-        """Whether this is a weight that can be quantized or cast."""
-        return self.decoder is not None or self.dtype in FLOAT_DTYPES
-
-    @property
-    def row_decoder(self) -> RowDecoder:
-        """What reads rows of it as numbers."""
-        return self.decoder or PlainDecoder(self.stored[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """All weights of a checkpoint, and the stored tensors that are folded into none of them."""
-
-    tensors: tuple[SourceTensor, ...]
-    dropped: Mapping[str, str]
 
 
 def resolve_sources(reader: UnifiedSafetensorsLoader, config: Mapping[str, Any] | None = None) -> Sources:
@@ -100,11 +61,8 @@ def resolve_sources(reader: UnifiedSafetensorsLoader, config: Mapping[str, Any] 
 class _Resolver:
     def __init__(self, reader: UnifiedSafetensorsLoader, config: Mapping[str, Any]) -> None:
         self.reader = reader
-        self.quantization: Mapping[str, Any] = config.get("quantization_config") or {}
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        self.dtype = {"float16": "F16", "float32": "F32"}.get(dtype.removeprefix("torch."), "BF16")
+        self.stated = StatedQuantization.of(reader, config)
         self.used: dict[str, str] = {}
-        self.comfyui = _comfyui_formats(reader)
 
     def resolve(self) -> Sources:
         self._refuse_foreign()
@@ -125,7 +83,7 @@ class _Resolver:
         return Sources(tuple(tensors), dropped)
 
     def _refuse_foreign(self) -> None:
-        method = self.quantization.get("quant_method")
+        method = self.stated.method
         if method and method not in _READABLE_METHODS:
             raise _refusal(self.reader, f"{method} (config.json)")
         for name in self.reader:
@@ -144,7 +102,7 @@ class _Resolver:
     def _encoded(self, name: str) -> SourceTensor | None:
         entry = self.reader.entry(name)
         layer = name.removesuffix(".weight")
-        comfyui = self.comfyui.get(layer, {}) if name.endswith(".weight") else {}
+        comfyui = self.stated.comfyui.get(layer, {}) if name.endswith(".weight") else {}
         if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in self.reader:
             return self._mxfp4(name)
         if entry.dtype == "U8" and len(entry.shape) == 2 and (nvfp4 := self._nvfp4(name, comfyui)):
@@ -165,12 +123,9 @@ class _Resolver:
         return None
 
     def _packs_int8(self, name: str) -> bool:
-        """Whether a packed weight has symmetric 8-bit codes; those of fewer bits may have the same shape."""
-        groups = (self.quantization.get("config_groups") or {}).values()
-        packed = [group["weights"] for group in groups if group.get("format") == "pack-quantized"]
-        eight = all(each.get("num_bits") == 8 and each.get("symmetric", True) for each in packed)
         stem = name.removesuffix("_packed")
-        return bool(packed) and eight and f"{stem}_scale" in self.reader and f"{stem}_shape" in self.reader
+        parts = (f"{stem}_scale", f"{stem}_shape")
+        return self.stated.packs_int8 and all(part in self.reader for part in parts)
 
     def _packed_int8(self, name: str) -> SourceTensor:
         stem = name.removesuffix("_packed")
@@ -180,7 +135,7 @@ class _Resolver:
             raise _refusal(self.reader, f"packed INT8 of an unknown layout (tensor {name!r})")
         block = self._block(stem, shape, self.reader.get_shape(f"{stem}_scale"))
         decoder = PackedInt8Decoder(name, f"{stem}_scale", block)
-        return SourceTensor(stem, shape, self.dtype, (name, f"{stem}_scale"), decoder, "packed INT8")
+        return SourceTensor(stem, shape, self.stated.dtype, (name, f"{stem}_scale"), decoder, "packed INT8")
 
     def _rotated(self, plain: SourceTensor, comfyui: Mapping[str, Any]) -> SourceTensor:
         size = comfyui.get("convrot_groupsize", _CONVROT_DEFAULT)
@@ -219,7 +174,7 @@ class _Resolver:
         return SourceTensor(
             name,
             entry.shape,
-            self.dtype,
+            self.stated.dtype,
             (name, scale),
             ScaledDecoder(name, scale, block),
             f"{kind} {shared}",
@@ -233,24 +188,12 @@ class _Resolver:
             return (1, shape[1])
         if len(scales) != len(shape):
             raise _refusal(self.reader, f"{name!r} {list(shape)} with scales {list(scales)}")
-        given = self._given_block(name)
+        given = self.stated.block(name)
         if len(given) == 2 and len(shape) >= 2:
             wanted = tuple(-(-n // size) for n, size in zip(shape[-2:], given, strict=True))
             if tuple(scales[-2:]) == wanted and tuple(scales[:-2]) == tuple(shape[:-2]):
                 return (*(1 for _ in shape[:-2]), *(int(size) for size in given))
         return tuple(self._block_size(name, n, count) for n, count in zip(shape, scales, strict=True))
-
-    def _given_block(self, name: str) -> list[int]:
-        """The block size the checkpoint states, if it does."""
-        side = self.comfyui.get(name.removesuffix(".weight"), {}).get("group_size")
-        if side:
-            return [int(side), int(side)]
-        if self.quantization.get("weight_block_size"):
-            return [int(size) for size in self.quantization["weight_block_size"]]
-        groups = self.quantization.get("config_groups") or {}
-        stated = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
-        sizes = {tuple(each) for each in stated if each}
-        return list(sizes.pop()) if len(sizes) == 1 else []
 
     def _block_size(self, name: str, length: int, count: int) -> int:
         if count in (1, length):
@@ -298,7 +241,7 @@ class _Resolver:
         if self.reader.get_shape(scales) != expected or original != shape:
             raise _refusal(self.reader, f"NVFP4 of an unknown layout (tensor {name!r})")
         decoder = NvFp4Decoder(name, scales, factor, shape, divides, swizzled)
-        return SourceTensor(stem, shape, self.dtype, (name, scales, factor), decoder, "NVFP4")
+        return SourceTensor(stem, shape, self.stated.dtype, (name, scales, factor), decoder, "NVFP4")
 
     def _markers(self) -> dict[str, str]:
         encoded = set(self.used.values())
@@ -322,30 +265,13 @@ class _Resolver:
         bare = {each.name for each in tensors if each.decoder is None and each.dtype in _FP8}
         if not bare:
             return
-        if self.quantization or any(each.encoding.startswith("FP8") for each in found.values()):
+        if self.stated.config or any(each.encoding.startswith("FP8") for each in found.values()):
             raise _refusal(self.reader, f"FP8 whose scale is missing (tensor {min(bare)!r})")
         for index, each in enumerate(tensors):
             if each.name in bare:
                 tensors[index] = SourceTensor(
-                    each.name, each.shape, self.dtype, each.stored, PlainDecoder(each.name), "FP8 cast"
+                    each.name, each.shape, self.stated.dtype, each.stored, PlainDecoder(each.name), "FP8 cast"
                 )
-
-
-def _comfyui_formats(reader: UnifiedSafetensorsLoader) -> dict[str, Mapping[str, Any]]:
-    """Layer → its ComfyUI description; the header wins over the tensors, as in ComfyUI."""
-    formats: dict[str, Mapping[str, Any]] = {}
-    try:
-        for name in reader:
-            if name.endswith(".comfy_quant"):
-                text = bytes(reader.read_bytes(name).tolist()).decode()
-                formats[name.removesuffix(".comfy_quant")] = dict(json.loads(text))
-        header = json.loads(reader.metadata().get("_quantization_metadata", "{}"))
-        formats.update({layer: dict(value) for layer, value in header.get("layers", {}).items()})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValidationError(
-            f"{reader.path}: its ComfyUI quantization description is damaged: {error}"
-        ) from error
-    return formats
 
 
 def _refusal(reader: UnifiedSafetensorsLoader, what: str) -> ValidationError:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
-from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.dtypes import nbytes
+from qwodel.checkpoint.source_tensor import SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.slabs import row_slabs
+from qwodel.checkpoint.source_tensor import SourceTensor
 
 __all__ = ["nonfinite_weights"]
 

@@ -1,31 +1,28 @@
-"""Reading, computing and writing at the same time, with the computing on a device or on all cores.
+"""Reading, computing and writing at the same time.
 
-For a device, one thread reads ahead, the calling thread computes, one thread
-writes behind. The queues between them are bounded in bytes, so memory follows
-the largest piece and not the checkpoint. Sums keep the order a serial run has,
-so on the CPU the bytes are the same; on a device rounding to nearest gives them
-too. On the CPU that is left to weights which are worked on whole: those in slabs
-take so little memory that each core has one of its own.
+One thread reads ahead, the calling thread computes, one thread writes behind.
+The queues between them are bounded in bytes, so memory follows the largest piece
+and not the checkpoint. Sums keep the order a serial run has, so on the CPU the
+bytes are the same; on a device rounding to nearest gives them too.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from qwodel.checkpoint.executor import Executor, ProcessExecutor, ThreadExecutor, Worker
+from qwodel.checkpoint.byte_queue import ByteQueue, Stopped
+from qwodel.checkpoint.executor import Worker
 from qwodel.checkpoint.streaming import StreamingOptions, device_memory
 from qwodel.exceptions import ConversionError, ResourceError
-from qwodel.hardware import cpu_count
 
-__all__ = ["CoresExecutor", "PipelineExecutor", "StagedWorker", "executor_for", "make_executor"]
+__all__ = ["PipelineExecutor", "StagedWorker"]
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +31,7 @@ QUEUE_BYTES = 32 << 20
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
-ItemT = TypeVar("ItemT")
 _CPU = torch.device("cpu")
-_THREADS = 4  # more would wait for the disk
 _OUTGROWN = 0.75  # of its thresholds are left to a device that ran out of memory
 
 
@@ -101,59 +96,6 @@ class PipelineExecutor:
                 torch.set_num_threads(before)
 
 
-@dataclass(frozen=True, slots=True)
-class CoresExecutor:
-    """A few threads of this process; what a :class:`StagedWorker` needs whole goes through stages afterwards.
-
-    Attributes:
-        threads: how many tasks are worked on at a time.
-    """
-
-    threads: int = field(default_factory=lambda: min(cpu_count(), _THREADS))
-
-    def run(
-        self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
-    ) -> Generator[ResultT, None, None]:
-        """See :class:`~qwodel.checkpoint.executor.Executor`.
-
-        Raises:
-            ResourceError: the memory ran out.
-        """
-        in_slabs: list[TaskT] = []
-        whole: list[TaskT] = []
-        with factory() as worker:
-            staged = worker if isinstance(worker, StagedWorker) else None
-            for task in tasks:
-                (whole if staged is not None and staged.needs(task) else in_slabs).append(task)
-        for executor, share in ((ThreadExecutor(self.threads), in_slabs), (PipelineExecutor(_CPU), whole)):
-            if share:
-                with closing(executor.run(factory, share)) as results:
-                    yield from results
-
-
-def executor_for(
-    device: torch.device, workers: int = 1, streaming: StreamingOptions | None = None
-) -> Executor:
-    """Return the executor of a conversion: a pipeline for a device, threads or ``workers`` processes on the CPU.
-
-    Raises:
-        ConfigurationError: ``workers`` is below 1.
-    """
-    if device.type == "cpu":
-        log.debug("everything is computed on the CPU, so streaming modes have nothing to move")
-        return CoresExecutor() if workers == 1 else ProcessExecutor(workers)
-    return PipelineExecutor(device, streaming or StreamingOptions())
-
-
-def make_executor(workers: int = 1) -> Executor:
-    """Return an executor on the CPU: ``workers`` processes, or with 1 some threads of this one.
-
-    Raises:
-        ConfigurationError: ``workers`` is below 1.
-    """
-    return executor_for(_CPU, workers)
-
-
 class _Run:
     """The threads and queues of one run."""
 
@@ -161,8 +103,8 @@ class _Run:
         self.device, self.streaming = executor.device, executor.streaming
         self.thresholds = executor.streaming.thresholds_for(executor.free_memory(executor.device))
         self.worker, self.tasks = worker, tasks
-        self.pieces: _Queue[torch.Tensor] = _Queue(QUEUE_BYTES)
-        self.writes: _Queue[_Sized] = _Queue(QUEUE_BYTES)
+        self.pieces: ByteQueue[torch.Tensor] = ByteQueue(QUEUE_BYTES)
+        self.writes: ByteQueue[_Sized] = ByteQueue(QUEUE_BYTES)
 
     def results(self) -> Generator[Any, None, None]:
         threads = [
@@ -183,12 +125,12 @@ class _Run:
             for thread in threads:
                 thread.join()
 
-    def _stage(self, work: Callable[[], None], queue: _Queue[Any]) -> None:
+    def _stage(self, work: Callable[[], None], queue: ByteQueue[Any]) -> None:
         """A thread's body: what fails in it is raised by whoever uses its queue."""
         torch.set_num_threads(1)
         try:
             work()
-        except _Stopped:
+        except Stopped:
             pass
         except BaseException as error:
             queue.fail(error)
@@ -252,72 +194,3 @@ class _Run:
 
 def _name(task: Any) -> str:
     return str(getattr(task, "name", task))
-
-
-class _Stopped(Exception):  # noqa: N818 - not an error: the run is over
-    """The other side of a queue has gone."""
-
-
-class _Queue(Generic[ItemT]):
-    """A first-in first-out queue bounded in bytes; ``None`` is an item like any other and ends a sequence."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._items: deque[tuple[ItemT | None, int]] = deque()
-        self._bytes = 0
-        self._stopped = False
-        self._error: BaseException | None = None
-        self._changed = threading.Condition()
-
-    def put(self, item: ItemT | None, nbytes: int) -> None:
-        """Append an item once there is room for it."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._over() or not self._bytes or self._bytes + nbytes <= self._limit
-            )
-            self._raise()
-            self._items.append((item, nbytes))
-            self._bytes += nbytes
-            self._changed.notify_all()
-
-    def get(self) -> ItemT | None:
-        """Take the first item off, once there is one."""
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._items) or self._over())
-            if not self._items:
-                self._raise()
-            item, nbytes = self._items.popleft()
-            self._bytes -= nbytes
-            self._changed.notify_all()
-            return item
-
-    def finish(self) -> None:
-        """Put the end of the sequence."""
-        self.put(None, 0)
-
-    def stop(self) -> None:
-        """Wake both sides; nothing more goes through."""
-        with self._changed:
-            self._stopped = True
-            self._items.clear()
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Let the other side raise ``error``."""
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
-
-    def check(self) -> None:
-        """Raise what the other side failed with, if it did."""
-        if self._error:
-            raise self._error
-
-    def _over(self) -> bool:
-        return self._stopped or self._error is not None
-
-    def _raise(self) -> None:
-        if self._error:
-            raise self._error
-        if self._stopped:
-            raise _Stopped

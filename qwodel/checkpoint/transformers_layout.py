@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR
-from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.dtypes import dtype_name
 from qwodel.checkpoint.layout import OutputTensor, ReaderSupport, Role
+from qwodel.checkpoint.source_tensor import SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConfigurationError
 
@@ -183,13 +183,7 @@ class TransformersLayout:
                 if each.format == wanted and index
             ]
             groups[f"group_{index}"] = {"targets": named or ["Linear"], **self._scheme(wanted)}
-        kept = [
-            each.name.removesuffix(".weight")
-            for each in plans
-            if each.name.endswith(".weight")
-            and len(each.source.shape) == 2
-            and not (each.format and each.format.quantizes)
-        ]
+        kept = _kept_layers(plans)
         packed = next(
             (each.format for each in plans if each.format and self._packs(each.name, each.format)), None
         )
@@ -205,9 +199,6 @@ class TransformersLayout:
             # would leave those stored as they were without values.
             fp8 = StorageFormat("experts", FP8_E4M3, ROW)
             groups[f"group_{len(groups)}"] = {"targets": [_ANY_EXPERT], **self._scheme(fp8)}
-        if not any(name.endswith("lm_head") for name in kept):
-            quantized_head = any(each.name.endswith("lm_head.weight") for each in plans)
-            kept += [] if quantized_head else ["lm_head"]
         labels = {str(group["format"]) for group in groups.values()}
         return {
             "config_groups": groups,
@@ -262,6 +253,19 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         if isinstance(changed.get(key), str):
             changed[key] = dtype
     return changed
+
+
+def _kept_layers(plans: Sequence[TensorPlan]) -> list[str]:
+    """Layers whose matrices are not quantized, and a head that shares its weight with the embedding."""
+    kept = [
+        each.name.removesuffix(".weight")
+        for each in plans
+        if each.name.endswith(".weight")
+        and len(each.source.shape) == 2
+        and not (each.format and each.format.quantizes)
+    ]
+    tied = not any(each.name.endswith("lm_head.weight") for each in plans)
+    return [*kept, "lm_head"] if tied and not any(name.endswith("lm_head") for name in kept) else kept
 
 
 def _formats(plans: list[TensorPlan]) -> list[StorageFormat]:

@@ -194,13 +194,7 @@ class _Verifier:
                 _check_bound(plan, codes, scale, error, peaks)
         sqnr = _decibels(signal, noise)
         if not isinstance(plan.rounding, Nearest):
-            if check.squared_error is None:
-                raise IntegrityError(f"nobody reported how {plan.name!r} was rounded")
-            reported = _decibels(signal, check.squared_error)
-            if not math.isclose(sqnr, reported, abs_tol=_AGREEMENT_DB):
-                raise IntegrityError(
-                    f"{plan.name!r} decodes to {sqnr:.2f} dB, but was rounded to {reported:.2f} dB"
-                )
+            _check_reported(check, signal, sqnr)
         rounding = plan.rounding.name if plan.rounding else ""
         return LayerQuality(
             plan.name, plan.becomes, rounding, sqnr, noise / math.prod(plan.source.shape), worst
@@ -270,6 +264,16 @@ def _check_bound(
         excess = sizes.sub_(steps)
     if not float(excess.amax()) <= _SUBNORMAL:  # NaN too
         raise IntegrityError(f"{plan.name!r} holds codes that are not the nearest to its weights")
+
+
+def _check_reported(check: _Check, signal: float, sqnr: float) -> None:
+    """The file decodes to the error that rounding reported."""
+    name = check.plan.name
+    if check.squared_error is None:
+        raise IntegrityError(f"nobody reported how {name!r} was rounded")
+    reported = _decibels(signal, check.squared_error)
+    if not math.isclose(sqnr, reported, abs_tol=_AGREEMENT_DB):
+        raise IntegrityError(f"{name!r} decodes to {sqnr:.2f} dB, but was rounded to {reported:.2f} dB")
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:

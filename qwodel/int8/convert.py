@@ -11,8 +11,9 @@ from typing import Any
 
 from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.pipeline import executor_for, make_executor
-from qwodel.checkpoint.plan import Plan, build_plan
+from qwodel.checkpoint.device_executor import executor_for, make_executor
+from qwodel.checkpoint.plan import Plan
+from qwodel.checkpoint.planning import build_plan
 from qwodel.checkpoint.verify import LayerQuality, verify
 from qwodel.exceptions import ValidationError
 from qwodel.int8.recipe import Int8Arguments

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
         load_affiner,
     )
     from qwodel.segquant.calibration_set import BaseCalibSet, load_calibrate_set
-    from qwodel.segquant.config import Calibrate, DType, Optimum, default_quantize_config
-    from qwodel.segquant.quantization import LayerReport, QuantizationReport, quantize, quantize_model
+    from qwodel.segquant.config import default_quantize_config
+    from qwodel.segquant.quantization import quantize, quantize_model
     from qwodel.segquant.recording import generate_calibrate_set
+    from qwodel.segquant.report import LayerReport, QuantizationReport
     from qwodel.segquant.samplers import AllSampler, NormalSampler, Sampler, TimestepSampler, UniformSampler
+    from qwodel.segquant.settings import Calibrate, DType, Optimum
     from qwodel.segquant.storage import load_quantized, save_quantized
 
 __all__ = [
@@ -64,10 +66,12 @@ _MEMBERS = {
         "load_affiner",
     ),
     "segquant.calibration_set": ("BaseCalibSet", "load_calibrate_set"),
-    "segquant.config": ("Calibrate", "DType", "Optimum", "default_quantize_config"),
-    "segquant.quantization": ("LayerReport", "QuantizationReport", "quantize", "quantize_model"),
+    "segquant.config": ("default_quantize_config",),
+    "segquant.quantization": ("quantize", "quantize_model"),
     "segquant.recording": ("generate_calibrate_set",),
+    "segquant.report": ("LayerReport", "QuantizationReport"),
     "segquant.samplers": ("AllSampler", "NormalSampler", "Sampler", "TimestepSampler", "UniformSampler"),
+    "segquant.settings": ("Calibrate", "DType", "Optimum"),
     "segquant.storage": ("load_quantized", "save_quantized"),
 }
 _HOME = {name: home for home, names in _MEMBERS.items() for name in names}

@@ -18,8 +18,9 @@ from qwodel.exceptions import CalibrationError, ConversionError, IntegrityError,
 from qwodel.segquant.batches import Call, calls_of, run_call, tensors_of
 from qwodel.segquant.calibration_set import load_calibrate_set
 from qwodel.segquant.config import Configuration
-from qwodel.segquant.quantization import QuantizationReport, quantize_model
+from qwodel.segquant.quantization import quantize_model
 from qwodel.segquant.recording import generate_calibrate_set
+from qwodel.segquant.report import QuantizationReport
 from qwodel.segquant.samplers import UniformSampler
 from qwodel.segquant.storage import load_quantized, save_quantized
 from qwodel.source import ModelSource

@@ -9,7 +9,10 @@ import torch
 
 from qwodel.exceptions import CalibrationError
 
-__all__ = ["LayerInputs", "RowSampler"]
+__all__ = ["SEARCH_ROWS", "LayerInputs", "RowSampler", "thinned"]
+
+SEARCH_ROWS = 512
+"""How many rows the candidates of a search are compared on."""
 
 _HELD_OUT = 4  # every fourth batch
 
@@ -75,8 +78,7 @@ class RowSampler:
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         self._count += len(rows)
-        step = max(len(rows) // self._each, 1)
-        self._kept.append(rows[::step][: self._each].detach().to(torch.float32, copy=True))
+        self._kept.append(thinned(rows, self._each).detach().to(torch.float32, copy=True))
 
     def live_bytes(self) -> int:
         """Bytes of the rows that are kept."""
@@ -92,6 +94,12 @@ class RowSampler:
             raise CalibrationError(f"no calibration data reached {self._name}")
         fit, held = _divide(self._kept)
         return LayerInputs(fit, held, self._low, self._high, self._count)
+
+
+def thinned(rows: torch.Tensor, limit: int) -> torch.Tensor:
+    """At most ``limit`` of the rows, at even distances."""
+    step = max(len(rows) // limit, 1)
+    return rows[::step][:limit]
 
 
 def _divide(kept: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

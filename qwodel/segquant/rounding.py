@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,24 +11,12 @@ from qwodel.algorithms.quant_types import ROW, TENSOR, Granularity, QuantType
 from qwodel.algorithms.scales import quantize, search_scale
 from qwodel.modules.input_rounding import asymmetric_range
 from qwodel.modules.weight_codes import WeightCodes
-from qwodel.segquant.config import CalibrationSettings, WeightSettings
+from qwodel.segquant.seams import WeightCut
+from qwodel.segquant.settings import CalibrationSettings, WeightSettings
 
-__all__ = ["WeightCut", "round_weight"]
+__all__ = ["round_weight"]
 
 _SMALLEST = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class WeightCut:
-    """Where a weight is cut into blocks with scales of their own.
-
-    Attributes:
-        outputs: rows of each segment.
-        inputs: columns of each segment.
-    """
-
-    outputs: tuple[int, ...]
-    inputs: tuple[int, ...]
 
 
 def round_weight(
@@ -93,13 +80,8 @@ def _symmetric(
     # Rows with scales of their own need no cut.
     pieces = list(torch.split(block, list(outputs))) if granularity == TENSOR else [block]
     if solve and gram is not None:
-        options = GptqOptions(
-            block_size=calib.blocksize,
-            damping=calib.percdamp,
-            act_order=calib.actorder,
-            scale="search" if search else "absmax",
-        )
         metric = gram.to("cpu") if calib.cpu_storage else gram
+        options = _gptq_options(calib, search=search)
         solved = [each.quantized for each in gptq_together(pieces, kind, granularity, metric, options)]
     else:
         weights = None if gram is None else gram.diagonal()
@@ -116,6 +98,15 @@ def _symmetric(
         torch.cat([each.codes for each in solved]).to(block.device),
         torch.cat(scales).to(block.device),
         sizes,
+    )
+
+
+def _gptq_options(calib: CalibrationSettings, *, search: bool) -> GptqOptions:
+    return GptqOptions(
+        block_size=calib.blocksize,
+        damping=calib.percdamp,
+        act_order=calib.actorder,
+        scale="search" if search else "absmax",
     )
 
 

@@ -2,62 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import torch
 
-from qwodel.algorithms.low_rank import low_rank
 from qwodel.algorithms.smoothing import smoothing_scales
-from qwodel.modeling.patterns import Patterns
-from qwodel.modules.input_rounding import InputRounding, input_grid
 from qwodel.modules.segment_linear import SegmentProduct
-from qwodel.segquant.config import Calibrate, LayerSettings, Optimum, Polarity
-from qwodel.segquant.observe import LayerInputs
-from qwodel.segquant.rounding import WeightCut, round_weight
+from qwodel.segquant.input_scales import input_rounding
+from qwodel.segquant.observe import SEARCH_ROWS, LayerInputs, thinned
+from qwodel.segquant.rounding import round_weight
+from qwodel.segquant.seams import WeightCut
+from qwodel.segquant.settings import Calibrate, LayerSettings, Optimum, Polarity
+from qwodel.segquant.smoothed_weight import Factors, SmoothedWeight, low_rank_branch
 
-__all__ = ["Choice", "Problem", "Seams", "shared_smoothing", "solve"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["Choice", "Problem", "shared_smoothing", "solve"]
 
 _LEAST_SCALE, _MOST_SCALE = 1e-4, 1e4
-_SEARCH_ROWS = 512
 _ASYMMETRY = 0.5
 """One side's reach as a share of the other's, up to which two scales are worth trying."""
 _SPLIT_GAIN = 0.9
 """What the error must fall to before each output segment gets a smoothing, and a product, of its own."""
 _PRODUCTS_PRICE = 1.05
-_RANK_SHARE = 4
-"""A branch has at most this part of a layer's smaller side for its rank."""
-_CLIPS = tuple(1 - 0.05 * step for step in range(1, 15))
-
-
-@dataclass(frozen=True, slots=True)
-class Seams:
-    """Where the linear layers of a model are cut.
-
-    Attributes:
-        outputs, inputs: layer → sizes of the segments.
-        activated: layers that an activation function feeds.
-    """
-
-    outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    activated: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, patterns: Patterns | None) -> Self:
-        """Those that were found; none where ``None``."""
-        if patterns is None:
-            return cls()
-        return cls(patterns.output_segments(), patterns.input_segments(), frozenset(patterns.activations()))
-
-    def cut(self, name: str, weight: torch.Tensor) -> WeightCut:
-        """The segments of a weight ``[M, N]``; all of it where nothing was found."""
-        rows, columns = weight.shape
-        return WeightCut(self.outputs.get(name) or (rows,), self.inputs.get(name) or (columns,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +37,6 @@ class Problem:
         dtype: of the layer; a low-rank branch is stored in bf16 where it is that, else in fp16.
     """
 
-    name: str
     weight: torch.Tensor
     inputs: LayerInputs
     settings: LayerSettings
@@ -173,10 +138,10 @@ class _Search:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.opt, self.calib = problem.settings.opt, problem.settings.calib
-        self.sample = _thin(problem.inputs.rows, _SEARCH_ROWS)
+        self.sample = thinned(problem.inputs.rows, SEARCH_ROWS)
         self.tried: dict[str, float] = {}
         self._targets: dict[int, torch.Tensor] = {}
-        self._branches: dict[float | None, _Branch] = {}
+        self._weights: dict[float | None, SmoothedWeight] = {}
         self._settled: dict[_Plan, _Made] = {}
 
     def settle(self) -> _Made:
@@ -252,37 +217,35 @@ class _Search:
 
     def _alternate(self, best: _Made, held: torch.Tensor) -> _Made:
         """Fit the branch to what codes leave, then codes to what the branch leaves, while that helps."""
-        branch = self._branch(best.plan.alpha)
-        exact = branch.gram(self.problem.inputs.fit)
+        smoothed = self._smoothed(best.plan.alpha)
+        exact = smoothed.gram(self.problem.inputs.fit)
         made = best
         for rounds in range(1, self.opt.iterations + 1):
-            codes = made.product.weight.values()
-            factors = self._factors(branch.weight - codes, branch.rank, exact)
-            made = self._make(replace(made.plan, rounds=rounds), held, factors)
+            left = smoothed.weight - made.product.weight.values()
+            branch = low_rank_branch(left, self.opt, self.problem.dtype, exact)
+            made = self._make(replace(made.plan, rounds=rounds), held, branch)
             if made.error < best.error or not self.opt.keep_best:
                 best = made
             elif rounds > 1:
                 break
         return best
 
-    def _make(
-        self, plan: _Plan, rows: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> _Made:
-        settings = self.problem.settings
-        branch = self._branch(plan.alpha)
-        rounding = self._inputs(plan, branch)
+    def _make(self, plan: _Plan, rows: torch.Tensor, branch: Factors | None = None) -> _Made:
+        settings, inputs = self.problem.settings, self.problem.inputs
+        smoothed = self._smoothed(plan.alpha)
+        form = settings.input_quant.form(plan.polarity)
+        rounding = input_rounding(form, plan.sizes, inputs, smoothed, clip=plan.clip)
         metric = None
         if plan.fitted or plan.solved:
-            fit = rounding(branch.smoothed(self.problem.inputs.fit))
+            fit = rounding(smoothed.inputs(inputs.fit))
             metric = fit.T @ fit / len(fit)
-        factors = factors or branch.factors
-        left = branch.weight if factors is None else branch.weight - factors[0].float() @ factors[1].float()
+        up, down = branch or smoothed.branch or (None, None)
+        left = smoothed.weight if up is None or down is None else smoothed.weight - up.float() @ down.float()
         codes = round_weight(
             left, settings.weight_quant, self.calib, WeightCut(self.problem.cut.outputs, plan.sizes),
             gram=metric, search=plan.fitted, solve=plan.solved,
         )  # fmt: skip
-        up, down = factors or (None, None)
-        product = SegmentProduct(rounding, codes, smoothing=branch.smoothing, up=up, down=down)
+        product = SegmentProduct(rounding, codes, smoothing=smoothed.smoothing, up=up, down=down)
         error = self._error(product, rows)
         self.tried[str(plan)] = error
         return _Made(plan, product, error)
@@ -297,45 +260,11 @@ class _Search:
         target = self._target(rows)
         return float((product(rows) - target).square().sum() / target.square().sum().clamp_min(1e-30))
 
-    def _factors(
-        self, weight: torch.Tensor, rank: int, gram: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A low-rank branch in 16 bits: codes take in what its rounding leaves."""
-        precision = torch.float64 if self.opt.precision == "float64" else torch.float32
-        up, down = low_rank(weight, rank, gram, dtype=precision)
-        # Factors of equal size stay far from the ends of fp16.
-        balance = (up.abs().amax(dim=0) / down.abs().amax(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
-        stored = torch.bfloat16 if self.problem.dtype == torch.bfloat16 else torch.float16
-        return (up / balance).to(stored).contiguous(), (down * balance[:, None]).to(stored).contiguous()
-
-    def _branch(self, alpha: float | None) -> _Branch:
-        if alpha not in self._branches:
-            self._branches[alpha] = self._new_branch(alpha)
-        return self._branches[alpha]
-
-    def _new_branch(self, alpha: float | None) -> _Branch:
-        smoothing = self.smoothing(alpha)
-        weight = self.problem.weight if smoothing is None else self.problem.weight * smoothing
-        # A branch of full rank would be the layer itself in floating point.
-        rank = max(min(self.opt.low_rank, min(weight.shape) // _RANK_SHARE), 1)
-        svd = self.opt.type is Optimum.SVD
-        factors = self._factors(weight, rank) if svd else None
-        return _Branch(weight, smoothing, rank, factors)
-
-    def _inputs(self, plan: _Plan, branch: _Branch) -> InputRounding:
-        form = self.problem.settings.input_quant.form(plan.polarity)
-        rounding = InputRounding(form, plan.sizes, device=branch.weight.device)
-        if form.quant_type is None or form.dynamic:
-            return rounding
-        low = torch.split(branch.smoothed(self.problem.inputs.low), list(plan.sizes))
-        high = torch.split(branch.smoothed(self.problem.inputs.high), list(plan.sizes))
-        least = torch.stack([part.amin().clamp(max=0) for part in low])[None]
-        most = torch.stack([part.amax().clamp(min=0) for part in high])[None]
-        rounding.set_grid(input_grid(least, most, form))
-        if plan.clip:
-            rows = branch.smoothed(_thin(self.problem.inputs.fit, _SEARCH_ROWS))
-            _clip(rounding, least, most, rows, branch.weight.square().sum(dim=0))
-        return rounding
+    def _smoothed(self, alpha: float | None) -> SmoothedWeight:
+        if alpha not in self._weights:
+            weight, dtype = self.problem.weight, self.problem.dtype
+            self._weights[alpha] = SmoothedWeight.of(weight, self.smoothing(alpha), self.opt, dtype)
+        return self._weights[alpha]
 
 
 def _price(made: _Made) -> float:
@@ -344,52 +273,7 @@ def _price(made: _Made) -> float:
     return made.error * (_PRODUCTS_PRICE if several else 1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Branch:
-    """A weight after smoothing, and its low-rank branch."""
-
-    weight: torch.Tensor
-    smoothing: torch.Tensor | None
-    rank: int
-    factors: tuple[torch.Tensor, torch.Tensor] | None
-
-    def smoothed(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self.smoothing is None else rows / self.smoothing
-
-    def gram(self, rows: torch.Tensor) -> torch.Tensor:
-        fit = self.smoothed(rows)
-        return fit.T @ fit / len(fit)
-
-
 def _together(parts: Sequence[_Search], errors: Sequence[float]) -> float:
     energies = [each.energy() for each in parts]
     total = sum(error * energy for error, energy in zip(errors, energies, strict=True))
     return total / max(sum(energies), 1e-30)
-
-
-def _clip(
-    rounding: InputRounding,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    rows: torch.Tensor,
-    importance: torch.Tensor,
-) -> None:
-    """Shrink each segment's range to that of least error, weighted by how much each channel matters."""
-    sizes = list(rounding.sizes)
-    best = torch.ones_like(low)
-    least: torch.Tensor | None = None
-    for ratio in (1.0, *_CLIPS):
-        rounding.set_grid(input_grid(low * ratio, high * ratio, rounding.form))
-        error = (rounding(rows) - rows).square().sum(dim=0) * importance
-        found = torch.stack([part.sum() for part in error.split(sizes)])[None]
-        if least is None:
-            least = found
-            continue
-        best = torch.where(found < least, ratio, best)
-        least = torch.minimum(found, least)
-    rounding.set_grid(input_grid(low * best, high * best, rounding.form))
-
-
-def _thin(rows: torch.Tensor, limit: int) -> torch.Tensor:
-    step = max(len(rows) // limit, 1)
-    return rows[::step][:limit]

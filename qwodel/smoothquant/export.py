@@ -15,8 +15,9 @@ from torch import nn
 from qwodel.algorithms.data_aware import DataAware, RoundingReport
 from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.decisions import Action
-from qwodel.checkpoint.pipeline import executor_for, make_executor
-from qwodel.checkpoint.plan import Plan, build_plan
+from qwodel.checkpoint.device_executor import executor_for, make_executor
+from qwodel.checkpoint.plan import Plan
+from qwodel.checkpoint.planning import build_plan
 from qwodel.checkpoint.recipe import Recipe
 from qwodel.checkpoint.rounding import FromStore, Nearest
 from qwodel.checkpoint.storage_format import storage_format

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import Conversion, convert
+from qwodel.checkpoint.device_executor import make_executor
 from qwodel.checkpoint.layout import Layout
-from qwodel.checkpoint.pipeline import make_executor
-from qwodel.checkpoint.plan import build_plan
+from qwodel.checkpoint.planning import build_plan
 from qwodel.checkpoint.recipe import Recipe
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.verify import LayerQuality, verify

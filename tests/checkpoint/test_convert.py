@@ -23,9 +23,9 @@ import qwodel.checkpoint.verify as verify_module
 from qwodel.algorithms.quant_types import FP8_E4M3
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import convert
+from qwodel.checkpoint.device_executor import make_executor
 from qwodel.checkpoint.executor import ProcessExecutor
-from qwodel.checkpoint.pipeline import make_executor
-from qwodel.checkpoint.plan import build_plan
+from qwodel.checkpoint.planning import build_plan
 from qwodel.checkpoint.recipe import LayerOverride, Recipe
 from qwodel.checkpoint.rounding import Nearest, Rounding, ScaleSearch
 from qwodel.checkpoint.slabs import row_slabs

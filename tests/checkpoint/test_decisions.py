@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from qwodel.checkpoint.decisions import Action, Decider
-from qwodel.checkpoint.dequantize_sources import SourceTensor
 from qwodel.checkpoint.layer_config import LayerConfig
 from qwodel.checkpoint.recipe import LayerOverride, Recipe
 from qwodel.checkpoint.rounding import ScaleSearch
+from qwodel.checkpoint.source_tensor import SourceTensor
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.exceptions import ConfigurationError
 

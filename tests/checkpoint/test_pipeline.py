@@ -19,9 +19,10 @@ import qwodel.checkpoint.tensor_work as tensor_work
 from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import Conversion, convert
+from qwodel.checkpoint.device_executor import CoresExecutor, executor_for, make_executor
 from qwodel.checkpoint.executor import Executor, ProcessExecutor, SerialExecutor, ThreadExecutor
-from qwodel.checkpoint.pipeline import CoresExecutor, PipelineExecutor, executor_for, make_executor
-from qwodel.checkpoint.plan import build_plan
+from qwodel.checkpoint.pipeline import PipelineExecutor
+from qwodel.checkpoint.planning import build_plan
 from qwodel.checkpoint.recipe import LayerOverride, LoraSource, Recipe
 from qwodel.checkpoint.rounding import LayerWeight, Learned, Nearest, Rounding, ScaleSearch
 from qwodel.checkpoint.storage_format import storage_format

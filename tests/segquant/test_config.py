@@ -8,7 +8,8 @@ import pytest
 
 from qwodel.exceptions import ConfigurationError
 from qwodel.segquant import Calibrate, DType, Optimum, SegPattern, default_quantize_config
-from qwodel.segquant.config import AlphaSearch, Configuration
+from qwodel.segquant.config import Configuration
+from qwodel.segquant.settings import AlphaSearch
 
 
 def test_the_default_is_that_of_the_documentation() -> None:
