@@ -54,3 +54,14 @@ def converted(source: Path, target: Path) -> Path:
     command = [sys.executable, str(script), str(source), "--outfile", str(target), "--outtype", "bf16"]
     subprocess.run(command, check=True, capture_output=True)
     return target
+
+
+def first_layers(source: Path, folder: Path, count: int) -> Path:
+    """Save a model's first layers, with its embeddings and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(source, dtype="auto", num_hidden_layers=count).save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
-from tests.conftest import converted
+from tests.conftest import converted, first_layers
 
 
 def quantize_by_hand(source: Path, target: Path, ftype: int, **fields: Any) -> None:
@@ -60,15 +57,7 @@ def stories_gguf(stories15m: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def short_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with its first four layers of thirty, for types that take minutes to find."""
-    folder = tmp_path_factory.mktemp("short") / smollm2.name
-    shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((smollm2 / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-    weights = load_file(smollm2 / "model.safetensors")
-    dropped = tuple(f"model.layers.{index}." for index in range(4, config["num_hidden_layers"]))
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(dropped)}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return first_layers(smollm2, tmp_path_factory.mktemp("short") / smollm2.name, 4)
 
 
 @pytest.fixture(scope="session")
