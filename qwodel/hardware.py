@@ -7,11 +7,13 @@ memory decides. Without a GPU the free main memory takes its place.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -31,6 +33,7 @@ __all__ = [
     "is_out_of_memory",
     "list_gpus",
     "refine_batch",
+    "return_free_memory",
     "with_backoff",
 ]
 
@@ -79,6 +82,15 @@ def available_memory() -> int:
         return available if limit == "max" else max(min(available, int(limit) - used), 0)
     except (OSError, ValueError):
         return available
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed, but is kept for later by the C library's allocator, back to the system.
+
+    Worth it once, where a phase of many small objects ends; pages come back at a price.
+    """
+    with suppress(OSError, AttributeError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cpu_count() -> int:

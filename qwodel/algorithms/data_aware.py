@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from qwodel.algorithms.asymmetric import asymmetric_targets
 from qwodel.algorithms.gptq import BlockSolver, GptqOptions, GptqResult, gptq_together, output_error
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.algorithms.hadamard import Basis
@@ -27,7 +28,7 @@ __all__ = [
     "searches_scale",
 ]
 
-Method = Literal["gptq", "quip", "learned"]
+Method = Literal["gptq", "gptaq", "quip", "learned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class DataAware:
     """A data-aware method and its settings.
 
     Attributes:
-        method: ``gptq``; ``quip`` (LDLQ, the same recursion, for readers that know no rotation); or
+        method: ``gptq``; ``gptaq``, which also makes up for what earlier layers have done to the inputs,
+            as far as the statistics tell of it; ``quip`` (LDLQ, the same recursion, for readers that know no rotation); or
             ``learned``, gradient-based rounding under the Gram matrix.
         gptq: settings of GPTQ and LDLQ.
         learned: settings of learned rounding.
@@ -56,7 +58,8 @@ class RoundingReport:
     Attributes:
         method: what chose them.
         tokens: inputs its statistics come from.
-        output_sqnr_db: 10·log₁₀(‖XWᵀ‖²/‖X(W−Ŵ)ᵀ‖²) on the calibration data; ``None`` without data.
+        output_sqnr_db: 10·log₁₀(‖XWᵀ‖²/‖X(W−Ŵ)ᵀ‖²) on the calibration data; ``None`` without data. Of
+            gptaq, W is the weight that makes up for earlier layers.
         nearest_sqnr_db: the same of round-to-nearest with absmax scales, in the same basis.
         damping: λ that GPTQ used, as a share of the Gram matrix's mean diagonal.
         note: why the method was not used, where it was not.
@@ -106,10 +109,12 @@ def round_together(
         ValidationError: no floating-point matrix, NaN or Inf, or statistics that do not fit.
     """
     columns = weights[0].shape[1]
-    turned = list(weights)
-    if bases is not None:
-        turned = [basis.apply(weight) for basis, weight in zip(bases, weights, strict=True)]
     note = _too_little(statistics, columns, options)
+    turned = list(weights)
+    if options.method == "gptaq" and statistics is not None and not note:
+        turned = asymmetric_targets(weights, statistics)
+    if bases is not None:
+        turned = [basis.apply(weight) for basis, weight in zip(bases, turned, strict=True)]
     if statistics is None or statistics.gram is None or note:
         rounded = [
             RoundedWeight(codes, codes.dequantize(), RoundingReport("nearest", note=note))

@@ -30,12 +30,15 @@ class InputStatistics:
         mean: ``[N]``, fp32.
         channel_max: greatest absolute value of each channel, ``[N]``, fp32.
         count: how many inputs (tokens) were seen.
+        drift: mean of (x₀ − x)xᵀ, ``[N, N]``, x₀ being what the unquantized model reads in place of x;
+            ``None`` where that was not watched.
     """
 
     gram: torch.Tensor | None
     mean: torch.Tensor
     channel_max: torch.Tensor
     count: int
+    drift: torch.Tensor | None = None
 
 
 @contextmanager
@@ -74,11 +77,18 @@ class GramAccumulator:
         self._sum = torch.zeros(columns, dtype=torch.float64)
         self._max = torch.zeros(columns, dtype=torch.float32)
         self._gram = buffer
+        self._drift: torch.Tensor | None = None
+        self._paired = 0
         if gram and buffer is None:
             self._gram = torch.zeros(columns, columns, dtype=torch.float64)
 
-    def add(self, inputs: torch.Tensor) -> None:
+    def add(self, inputs: torch.Tensor, source: torch.Tensor | None = None) -> None:
         """Take in a batch, ``[..., N]``, of any floating dtype and device.
+
+        Args:
+            inputs: x, a token a row.
+            source: x₀, what the unquantized model reads in place of ``inputs``. Drift is known where
+                it was given with every batch.
 
         Raises:
             ValidationError: the width does not fit, or NaN or Inf among the inputs.
@@ -98,6 +108,8 @@ class GramAccumulator:
             exact = inputs.dtype == torch.bfloat16 and rows.device.type == "cpu"
             with bf16_products() if exact else nullcontext():
                 self._add_products(self._gram, rows)
+                if source is not None:
+                    self._add_drift(rows, source.detach().reshape(rows.shape).float())
 
     def _add_products(self, gram: torch.Tensor, rows: torch.Tensor) -> None:
         """Sum XᵀX's upper triangle, strip by strip: :meth:`result` mirrors it."""
@@ -105,6 +117,13 @@ class GramAccumulator:
         for start in range(0, len(gram), width):
             stop = start + width
             gram[start:stop, start:] += (rows[:, start:stop].T @ rows[:, start:]).to(gram.device)
+
+    def _add_drift(self, rows: torch.Tensor, source: torch.Tensor) -> None:
+        if self._drift is None:
+            self._drift = torch.zeros(self.columns, self.columns, dtype=torch.float32)
+        # Rounded to bf16, the small difference keeps its own relative precision.
+        self._drift += ((source - rows).T @ rows).cpu()
+        self._paired += len(rows)
 
     @property
     def columns(self) -> int:
@@ -116,6 +135,8 @@ class GramAccumulator:
         twin = GramAccumulator(len(self._sum), gram=False)
         twin.count, twin._sum, twin._max = self.count, self._sum.clone(), self._max.clone()
         twin._gram = None if self._gram is None else self._gram.clone()
+        twin._drift = None if self._drift is None else self._drift.clone()
+        twin._paired = self._paired
         return twin
 
     def result(self) -> InputStatistics:
@@ -130,7 +151,11 @@ class GramAccumulator:
         if gram is not None:
             gram.div_(self.count)
             _mirror(gram)
-        return InputStatistics(gram, (self._sum / self.count).float(), self._max.clone(), self.count)
+        drift, self._drift = self._drift if self._paired == self.count else None, None
+        if drift is not None:
+            drift.div_(self.count)
+        mean = (self._sum / self.count).float()
+        return InputStatistics(gram, mean, self._max.clone(), self.count, drift)
 
 
 def _mirror(gram: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
 __all__ = ["WeightFileOptions"]
 
 LayoutName = Literal["auto", "comfyui", "transformers"]
-Optimizer = Literal["auto", "none", "search", "gptq", "quip", "original", "adamw", "radam", "ppsf"]
+Optimizer = Literal["auto", "none", "search", "gptq", "gptaq", "quip", "original", "adamw", "radam", "ppsf"]
 
 
 class WeightFileOptions(BackendOptions):
@@ -26,7 +26,7 @@ class WeightFileOptions(BackendOptions):
     optimizer: Optimizer = Field(
         "auto",
         description="How codes are chosen: none rounds to nearest, search looks for better scales, gptq and quip "
-        "make each column's error good in later ones, original, adamw, radam and ppsf learn the rounding; "
+        "make each column's error good in later ones, gptaq earlier layers' errors too, original, adamw, radam and ppsf learn the rounding; "
         "auto is gptq with calibration data, else none or search by format.",
     )
     calibration_dataset: Any = Field(
@@ -47,9 +47,14 @@ class WeightFileOptions(BackendOptions):
     calibration_split: str | None = Field(None, description="Calibration: split of a hub dataset; train.")
     text_column: str | None = Field(None, description="Calibration: the text column; found by its name.")
     damping: float | None = Field(
-        None, gt=0, le=1, description="gptq, quip: share of the mean diagonal added to the Gram matrix; 0.03."
+        None,
+        gt=0,
+        le=1,
+        description="gptq, gptaq, quip: share of the mean diagonal added to the Gram matrix; 0.03.",
     )
-    act_order: bool | None = Field(None, description="gptq, quip: columns with the largest inputs first; on.")
+    act_order: bool | None = Field(
+        None, description="gptq, gptaq, quip: columns with the largest inputs first; on."
+    )
     num_iter: int | None = Field(None, ge=0, description="Learned rounding: the most iterations a matrix.")
     lr: float | None = Field(None, gt=0, description="Learned rounding: the first learning rate.")
     lr_schedule: str | None = Field(None, description="Learned rounding: adaptive, plateau or exponential.")

@@ -22,6 +22,7 @@ __all__ = ["calibration_options", "data_aware", "rounding_of"]
 log = logging.getLogger(__name__)
 
 _LEARNED = ("num_iter", "lr", "lr_schedule", "top_p", "min_k", "max_k", "full_matrix", "seed")
+_BY_COLUMN = ("gptq", "gptaq", "quip")
 _COLUMNWISE = ("damping", "act_order")
 _DATA = ("num_samples", "seq_length", "batch_size", "calibration_split", "text_column")
 
@@ -45,7 +46,7 @@ def rounding_of(options: WeightFileOptions) -> Rounding | None:
             StatisticsFile(path).close()
             return FromStatistics(path, aware, method)
         return FromStore(Path(), method)
-    if method in ("gptq", "quip"):
+    if method in _BY_COLUMN:
         log.warning("%s has no calibration data to go by: scales are searched and codes rounded", method)
         return None
     simple: dict[str, Rounding | None] = {"auto": None, "none": Nearest(), "search": ScaleSearch()}
@@ -62,6 +63,11 @@ def _check_settings(options: WeightFileOptions, method: str, data: bool) -> None
         raise ConfigurationError(
             f"optimizer={method!r} makes no use of calibration data", hint="pass optimizer='gptq', or no data"
         )
+    if method == "gptaq" and options.calibration_data_path is not None:
+        raise ConfigurationError(
+            "gptaq follows the errors of quantized layers through the model, which statistics know nothing of",
+            hint="pass calibration_dataset, or optimizer='gptq'",
+        )
     learned, columnwise = _given(options, _LEARNED), _given(options, _COLUMNWISE)
     if method not in ("original", "adamw", "radam", "ppsf"):
         learned.pop("seed", None) if data else None
@@ -70,9 +76,9 @@ def _check_settings(options: WeightFileOptions, method: str, data: bool) -> None
                 f"{', '.join(learned)} belong to learned rounding, and optimizer={method!r} does not learn",
                 hint="pass optimizer='original', 'adamw', 'radam' or 'ppsf'",
             )
-    if columnwise and method not in ("gptq", "quip"):
+    if columnwise and method not in _BY_COLUMN:
         raise ConfigurationError(
-            f"{', '.join(columnwise)} belong to gptq and quip, not to optimizer={method!r}",
+            f"{', '.join(columnwise)} belong to gptq, gptaq and quip, not to optimizer={method!r}",
             hint="pass optimizer='gptq'",
         )
     if options.calibration_dataset is None and (given := _given(options, _DATA)):
@@ -87,7 +93,7 @@ def data_aware(options: WeightFileOptions) -> DataAware:
     """The data-aware method and its settings."""
     method = "gptq" if options.optimizer == "auto" else options.optimizer
     columnwise = GptqOptions(**_given(options, _COLUMNWISE))
-    if method == "gptq" or method == "quip":
+    if method == "gptq" or method == "gptaq" or method == "quip":
         return DataAware(method, columnwise)
     return DataAware("learned", learned=rounding_options(method, _given(options, _LEARNED)))
 

@@ -7,7 +7,7 @@ stream.
 
 from __future__ import annotations
 
-from qwodel.calibration.records import CalibrationSpec, describe_dataset
+from qwodel.calibration.records import CalibrationSpec, describe_dataset, holds_token_ids
 from qwodel.calibration.texts import DEFAULT_DATASET, load_texts
 from qwodel.calibration.tokens import Tokenizer, load_tokens
 
@@ -16,6 +16,7 @@ __all__ = [
     "CalibrationSpec",
     "Tokenizer",
     "describe_dataset",
+    "holds_token_ids",
     "load_texts",
     "load_tokens",
 ]

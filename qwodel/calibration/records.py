@@ -10,7 +10,16 @@ from typing import Any, TypeAlias
 
 from qwodel.exceptions import CalibrationError
 
-__all__ = ["CalibrationSpec", "Chat", "Document", "describe_dataset", "documents_of", "documents_of_iterable"]
+__all__ = [
+    "CalibrationSpec",
+    "Chat",
+    "Document",
+    "describe_dataset",
+    "documents_of",
+    "documents_of_iterable",
+    "holds_token_ids",
+    "token_ids",
+]
 
 CalibrationSpec = str | os.PathLike[str] | Iterable[Any]
 """A path, a hub dataset (``repo`` or ``repo:subset``), or an iterable of documents:
@@ -61,7 +70,7 @@ def documents_of_iterable(items: Iterable[Any], column: str | None) -> Iterator[
         CalibrationError: an item is none of the kinds :data:`CalibrationSpec` names.
     """
     for item in items:
-        tokens = _token_ids(item)
+        tokens = token_ids(item)
         if tokens is not None:
             if tokens:
                 yield tokens
@@ -127,7 +136,14 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, str]:
     return {"role": _ROLES.get(role, role), "content": content or ""}
 
 
-def _token_ids(item: Any) -> list[int] | None:
+def holds_token_ids(spec: CalibrationSpec) -> bool:
+    """Whether a set consists of lists of token ids, so that no tokenizer is needed."""
+    if isinstance(spec, str | os.PathLike) or not isinstance(spec, Sequence):
+        return False
+    return bool(spec) and all(token_ids(item) is not None for item in spec)
+
+
+def token_ids(item: Any) -> list[int] | None:
     """Return ``item`` as token ids where it is a flat sequence of integers (array or tensor too)."""
     if isinstance(item, str | Mapping):
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import QuantizationError
 from qwodel.modeling.lazy_model import LazyModel
 from qwodel.modeling.model_blocks import ModelBlocks, layer_name
-from qwodel.modeling.recorder import InputRecorder
-from qwodel.modeling.stages import Stage, copied, find_stages
+from qwodel.modeling.recorder import InputRecorder, first_input, inputs_kept
+from qwodel.modeling.stages import Stage, copied, find_stages, token_counts
 from qwodel.modeling.stepwise import Arrival, run_in_step
 from qwodel.progress import Progress
 
@@ -46,6 +47,7 @@ def quantize_blockwise(
     progress: Progress,
     *,
     even: bool = False,
+    asymmetric: bool = False,
 ) -> dict[str, RoundingReport]:
     """Find the codes of every weight in ``tasks``.
 
@@ -57,6 +59,8 @@ def quantize_blockwise(
         store: keeps the codes.
         progress: its stage ``calibrate`` gets batches done.
         even: see :class:`~qwodel.modeling.recorder.InputRecorder`.
+        asymmetric: run every batch through the unquantized model too, so that statistics tell how far
+            inputs have drifted from its own. Takes twice the time and memory of batches.
 
     Returns:
         For every weight how its codes were found. Those whose layers saw nothing are rounded
@@ -66,7 +70,7 @@ def quantize_blockwise(
         ValidationError: NaN or Inf among weights or inputs.
         Cancelled: the progress callback raised.
     """
-    return _Run(lazy, tasks, batches, solve, store, progress, even).run()
+    return _Run(lazy, tasks, batches, solve, store, progress, even, asymmetric).run()
 
 
 def round_stored(
@@ -93,6 +97,7 @@ class _Run:
     store: CodeStore
     progress: Progress
     even: bool
+    asymmetric: bool
     blocks: ModelBlocks = field(init=False)
     reports: dict[str, RoundingReport] = field(default_factory=dict)
     blocks_done: float = 0.0
@@ -106,7 +111,8 @@ class _Run:
             "%d layers in %d blocks are quantized on %d batches", len(self.tasks), units, len(self.batches)
         )
         self.progress.stage("calibrate", f"{units} blocks")
-        self.blocks.run(self.batches, self._visit)
+        # Those of the unquantized model come first at every stop, while its weights are there.
+        self.blocks.run([*self.batches, *self.batches] if self.asymmetric else self.batches, self._visit)
         self._round_unseen()
         return self.reports
 
@@ -114,7 +120,7 @@ class _Run:
         name = self.blocks.names[unit]
         self.lazy.load(unit, name)
         layers = self.blocks.layers_in(unit)
-        stages = find_stages(unit, layers, arrivals[0])
+        stages = find_stages(unit, layers, arrivals[-1])
         if stages is None:
             yield from self._twice(unit, layers, arrivals)
         else:
@@ -126,19 +132,27 @@ class _Run:
     ) -> Iterator[Any]:
         """Run a block to see what its layers read, quantize it, and run it again."""
         name = self.blocks.names[unit]
-        with InputRecorder(layers, even=self.even) as recorder:
-            for arrival in arrivals:
+        sources, ours = self._parted(arrivals)
+        recorder = InputRecorder(layers, even=self.even)
+        for source, arrival in zip_longest(sources, ours):
+            output = None
+            if source is not None:
+                with inputs_kept(layers, token_counts(source)) as recorder.sources:
+                    output = unit(*source.args, **source.kwargs)
+            with recorder:
                 unit(*copied(arrival.args), **copied(arrival.kwargs))
                 recorder.end_pass()
-                self._step(0.5 / len(arrivals), f"watching {name}")
+            self._step(0.5 / len(ours), f"watching {name}")
+            if source is not None:
+                yield output
         replaced: dict[str, torch.Tensor] = {}
         for group in recorder.groups():
             replaced |= self._solve(self.blocks.weights_of(group.layers), group.sums.result())
         self.lazy.load(unit, name, replaced)
         replaced.clear()
-        for arrival in arrivals:
+        for arrival in ours:
             yield unit(*arrival.args, **arrival.kwargs)
-            self._step(0.5 / len(arrivals), f"quantized {name}")
+            self._step(0.5 / len(ours), f"quantized {name}")
 
     def _in_stages(
         self,
@@ -156,14 +170,18 @@ class _Run:
             outputs[number] = unit(*arrival.args, **arrival.kwargs)
 
         def quantize_and_run(layer: nn.Module, waiting: Sequence[Arrival]) -> Iterator[Any]:
-            share = 0.5 / len(stages) / len(waiting)
-            stage = led.pop(layer, None)
-            if stage is not None:
-                self._quantize_stage(layers, stage, waiting, share)
-            for each in waiting:
-                # The layer's own hooks have run before it stopped.
+            sources, ours = self._parted(waiting)
+            share = 0.5 / len(stages) / len(ours)
+            stage = led.pop(layer, None)  # None where it is called once more
+            replaced = {} if stage is None else self._quantize_stage(stage, sources, ours, share)
+            # The layer's own hooks have run before it stopped.
+            for each in sources:
                 yield layer.forward(*each.args, **each.kwargs)
-                if stage is not None:  # else it is called once more
+            for name in stage or ():
+                self.lazy.load(layers[name], name, replaced)
+            for each in ours:
+                yield layer.forward(*each.args, **each.kwargs)
+                if stage is not None:
                     self._step(share, f"quantized {stage[0]}")
 
         run_in_step(forward, range(len(arrivals)), list(led), quantize_and_run, finish=True)
@@ -171,25 +189,31 @@ class _Run:
             yield outputs.pop(number)
 
     def _quantize_stage(
-        self, layers: Mapping[str, nn.Module], stage: Stage, waiting: Sequence[Arrival], share: float
-    ) -> None:
+        self, stage: Stage, sources: Sequence[Arrival], ours: Sequence[Arrival], share: float
+    ) -> dict[str, torch.Tensor]:
         recorder = InputRecorder({}, even=self.even)
         first = (f"{stage[0]}.weight", None)
-        for each in waiting:
-            recorder.add(first, each.args[0] if each.args else next(iter(each.kwargs.values())))
+        for source, each in zip_longest(sources, ours):
+            if source is not None:
+                recorder.sources[first] = first_input(source.args, source.kwargs)
+            recorder.add(first, first_input(each.args, each.kwargs))
             recorder.end_pass()
             self._step(share, f"watching {stage[0]}")
         [group] = recorder.groups()
         keys = self.blocks.weights_of([(f"{name}.weight", None) for name in stage])
-        replaced = self._solve(keys, group.sums.result())
-        for name in stage:
-            self.lazy.load(layers[name], name, replaced)
+        return self._solve(keys, group.sums.result())
+
+    def _parted(self, arrivals: Sequence[Arrival]) -> tuple[Sequence[Arrival], Sequence[Arrival]]:
+        """Those that run through the unquantized model, and those that run through the quantized one."""
+        count = len(arrivals) // 2 if self.asymmetric else 0
+        return arrivals[:count], arrivals[count:]
 
     def _solve(self, keys: Sequence[str], statistics: InputStatistics | None) -> dict[str, torch.Tensor]:
         """Round weights that read the same inputs; return what their codes stand for."""
         pending = [key for key in keys if layer_name(key) not in self.reports]
         weights = {key: self.lazy.read(key) for key in pending}
-        replaced = {}
+        # A block that the model runs again is quantized once.
+        replaced = {key: self._kept(key) for key in keys if key not in weights}
         for task in dict.fromkeys(self.tasks[layer_name(key)] for key in pending):
             group = [key for key in pending if self.tasks[layer_name(key)] == task]
             try:
@@ -201,6 +225,13 @@ class _Run:
                 self.reports[layer_name(key)] = solution.report
                 replaced[key] = solution.weight
         return replaced
+
+    def _kept(self, key: str) -> torch.Tensor:
+        """What the codes found before stand for."""
+        layer = layer_name(key)
+        weight = self.store.get(layer).dequantize()
+        basis = self.tasks[layer].basis(tuple(weight.shape))
+        return weight if basis is None else basis.restore(weight)
 
     def _round_unseen(self) -> None:
         unseen = [

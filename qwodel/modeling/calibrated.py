@@ -14,7 +14,7 @@ from torch import nn
 
 from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport
 from qwodel.algorithms.gram import InputStatistics
-from qwodel.calibration import DEFAULT_DATASET, CalibrationSpec, load_tokens
+from qwodel.calibration import DEFAULT_DATASET, CalibrationSpec, holds_token_ids, load_tokens
 from qwodel.checkpoint.code_store import CodeStore
 from qwodel.checkpoint.dequantize_sources import resolve_sources
 from qwodel.checkpoint.plan import Plan, TensorPlan
@@ -30,6 +30,7 @@ from qwodel.exceptions import (
     ResourceError,
     ValidationError,
 )
+from qwodel.hardware import return_free_memory
 from qwodel.modeling.blockwise import quantize_blockwise, round_stored
 from qwodel.modeling.collect import collect_blockwise, kept_statistics
 from qwodel.modeling.lazy_model import LazyModel, config_of, open_lazily
@@ -131,8 +132,19 @@ def find_codes(
         ) -> list[RoundedWeight]:
             return round_stored(weights, task, statistics, method)
 
+        return_free_memory()
         with _explained(lazy, calibration):
-            reports = quantize_blockwise(lazy, tasks, batches, solve, CodeStore(folder), progress, even=even)
+            reports = quantize_blockwise(
+                lazy,
+                tasks,
+                batches,
+                solve,
+                CodeStore(folder),
+                progress,
+                even=even,
+                asymmetric=method.method == "gptaq",
+            )
+    return_free_memory()
     filled = tuple(_filled(each, folder) for each in plan.tensors)
     return replace(plan, tensors=filled), reports
 
@@ -306,7 +318,7 @@ def calibration_batches(
     wanted = max(_LEAST_TOKENS, _TOKENS_A_COLUMN * widest)
     tokens = load_tokens(
         options.dataset,
-        load_tokenizer(folder),
+        None if holds_token_ids(options.dataset) else load_tokenizer(folder),
         num_samples=options.num_samples or -(-wanted // length),
         seq_length=options.seq_length,
         seed=options.seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def _watched(module: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Mo
     return {name: found[name] for name in layers}
 
 
-def _was_seen(name: str, seen: frozenset[LayerId]) -> bool:
+def _was_seen(name: str, seen: Collection[LayerId]) -> bool:
     return any(parameter.rpartition(".")[0] == name for parameter, _ in seen)
 
 

@@ -15,6 +15,8 @@ from qwodel.modeling.stepwise import Arrival, run_in_step
 
 __all__ = ["ModelBlocks", "find_units", "layer_name"]
 
+_LARGE_EMBEDDING = 1 << 20  # numbers; smaller ones stay in memory
+
 
 def layer_name(key: str) -> str:
     """A checkpoint weight's layer: its name without ``.weight``."""
@@ -65,12 +67,66 @@ class ModelBlocks:
         batches: Sequence[Mapping[str, Any]],
         visit: Callable[[nn.Module, Sequence[Arrival]], Iterator[Any]],
     ) -> None:
-        """Take all batches through the units; what lies outside is loaded first, the head is not."""
+        """Take all batches through the units; what lies outside is loaded first, the head is not.
+
+        Large embeddings are in memory only while they are used.
+        """
         model = self.lazy.model
-        _load_outside(self.lazy, model, "", frozenset(self.units))
+        embeddings = _LargeEmbeddings(self)
+        _load_outside(self.lazy, model, "", frozenset((*self.units, *embeddings.modules)))
         model.tie_weights()
-        with torch.no_grad():
-            run_in_step(lambda batch: model(**batch), batches, self.units, visit)
+
+        def visit_alone(unit: nn.Module, arrivals: Sequence[Arrival]) -> Iterator[Any]:
+            embeddings.unload()
+            yield from visit(unit, arrivals)
+
+        with torch.no_grad(), embeddings:
+            run_in_step(lambda batch: model(**batch), batches, self.units, visit_alone)
+
+
+class _LargeEmbeddings:
+    """Embeddings outside the units, loaded when the model calls one of them."""
+
+    def __init__(self, blocks: ModelBlocks) -> None:
+        self._lazy, self._names = blocks.lazy, blocks.names
+        head = _head(blocks.lazy.model)
+        self._unused_head = None if head in blocks.units else head
+        inside = {module for unit in blocks.units for module in unit.modules()}
+        self.modules = tuple(
+            module
+            for module in blocks.names
+            if isinstance(module, nn.Embedding)
+            and module not in inside
+            and module.weight.numel() >= _LARGE_EMBEDDING
+        )
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._hooks = [each.register_forward_pre_hook(self._load) for each in self.modules]
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _load(self, module: nn.Module, _: object) -> None:
+        if not next(module.parameters()).is_meta:
+            return
+        for each in self.modules:
+            self._lazy.load(each, self._names[each])
+        # One may be tied to another and have no weight of its own.
+        self._lazy.model.tie_weights()
+
+    def unload(self) -> None:
+        """Take them out of memory."""
+        for each in self.modules:
+            self._lazy.unload(each)
+        if self._unused_head is not None:
+            # Tied to an embedding, it holds on to the embedding's weight.
+            self._lazy.unload(self._unused_head)
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def find_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
@@ -97,7 +153,7 @@ def find_units(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]
 
 def _load_outside(lazy: LazyModel, module: nn.Module, name: str, units: frozenset[nn.Module]) -> None:
     """Load everything that lies in no unit and may be needed before the last one."""
-    head = lazy.model.get_output_embeddings() if hasattr(lazy.model, "get_output_embeddings") else None
+    head = _head(lazy.model)
     for inner, child in module.named_children():
         full = f"{name}.{inner}" if name else inner
         if child in units or child is head:

@@ -6,7 +6,8 @@ of all experts in one parameter, are followed expert by expert through their rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -18,7 +19,16 @@ from torch import nn
 from qwodel.algorithms.gram import GramAccumulator
 from qwodel.exceptions import ValidationError
 
-__all__ = ["InputGroup", "InputRecorder", "LayerId", "is_fused_experts", "is_linear", "layers_to_record"]
+__all__ = [
+    "InputGroup",
+    "InputRecorder",
+    "LayerId",
+    "first_input",
+    "inputs_kept",
+    "is_fused_experts",
+    "is_linear",
+    "layers_to_record",
+]
 
 LayerId = tuple[str, int | None]
 """A parameter's name and, where it holds many experts, the number of one."""
@@ -61,6 +71,8 @@ class InputRecorder:
         gram: sum XᵀX too.
         even: let no token count for more than the median one of its pass, by the length of its vector.
             Where a few tokens are a hundred times as long as the others, the sums would know only those.
+        sources: what layers of the unquantized model read in the pass at hand, in place of what they
+            read here; fill it before a pass, :meth:`end_pass` empties it.
         buffer: makes the ``[N, N]`` of zeros that a Gram matrix is summed in; in memory if not given.
     """
 
@@ -68,6 +80,7 @@ class InputRecorder:
     gram: bool = True
     buffer: Callable[[int], torch.Tensor] | None = None
     even: bool = False
+    sources: dict[LayerId, torch.Tensor] = field(default_factory=dict)
     _groups: dict[LayerId, InputGroup] = field(default_factory=dict)
     _recent: list[_Recent] = field(default_factory=list)
     _hooks: list[Any] = field(default_factory=list)
@@ -92,14 +105,15 @@ class InputRecorder:
     def end_pass(self) -> None:
         """Forget the tensors of the pass that has ended; call it after each forward pass."""
         self._recent.clear()
+        self.sources.clear()
 
     def groups(self) -> tuple[InputGroup, ...]:
         """Every group that has seen something, in the order in which layers ran."""
         return tuple({id(group): group for group in self._groups.values()}.values())
 
-    def seen(self) -> frozenset[LayerId]:
-        """Layers with at least one input."""
-        return frozenset(self._groups)
+    def seen(self) -> Mapping[LayerId, InputGroup]:
+        """Layers with at least one input, in the order in which they first ran, and their groups."""
+        return self._groups
 
     def add(self, layer: LayerId, inputs: torch.Tensor) -> None:
         """Take in what a layer reads, ``[..., N]``; the hooks of an entered recorder do.
@@ -113,8 +127,7 @@ class InputRecorder:
             raise ValidationError(f"{layer[0]}: {error}", hint=error.hint) from error
 
     def _linear(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        self.add((f"{name}.weight", None), inputs)
+        self.add((f"{name}.weight", None), first_input(args, kwargs))
 
     def _sum(self, layer: LayerId, inputs: torch.Tensor) -> None:
         group = self._groups.get(layer)
@@ -136,7 +149,15 @@ class InputRecorder:
             group.layers.remove(layer)
             group = InputGroup([layer], group.sums.copy())
             self._groups[layer] = group
-        group.sums.add(_evened(inputs) if self.even else inputs)
+        source = self.sources.get(layer)
+        if source is not None and source.shape != inputs.shape:
+            source = None
+        if self.even:
+            cut = _evening(inputs)
+            evened = (inputs * cut).to(inputs.dtype)
+            group.sums.add(evened, None if source is None else source * cut)
+        else:
+            group.sums.add(inputs, source)
         self._recent.append(_Recent(inputs, version, group))
         del self._recent[:-_RECENT]
 
@@ -157,12 +178,41 @@ class InputRecorder:
             self.add((f"{name}.down_proj", expert), _between(module, inputs, expert))
 
 
-def _evened(inputs: torch.Tensor) -> torch.Tensor:
-    """Vectors longer than the median one cut to its length, direction kept; ``[..., N]``."""
+@contextmanager
+def inputs_kept(
+    layers: Mapping[str, nn.Module], counts: Collection[int]
+) -> Iterator[dict[LayerId, torch.Tensor]]:
+    """Keep what linear layers read in one pass, where it is one of ``counts`` vectors."""
+    kept: dict[LayerId, torch.Tensor] = {}
+
+    def keep(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = first_input(args, kwargs)
+        if inputs.numel() // max(inputs.shape[-1], 1) in counts:
+            kept[f"{name}.weight", None] = inputs
+
+    hooks = [
+        module.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
+        for name, module in layers.items()
+        if is_linear(module)
+    ]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What a linear layer is called with."""
+    inputs: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return inputs
+
+
+def _evening(inputs: torch.Tensor) -> torch.Tensor:
+    """What cuts vectors ``[..., N]`` longer than the median one to its length, fp32 ``[..., 1]``."""
     lengths = torch.linalg.vector_norm(inputs.float(), dim=-1, keepdim=True)
-    cut = (lengths.median() / lengths.clamp_min(1e-30)).clamp_(max=1)
-    evened: torch.Tensor = (inputs * cut).to(inputs.dtype)
-    return evened
+    cut: torch.Tensor = (lengths.median() / lengths.clamp_min(1e-30)).clamp_(max=1)
+    return cut
 
 
 def _between(module: Any, inputs: torch.Tensor, expert: int) -> torch.Tensor:
@@ -184,6 +234,6 @@ def layers_to_record(model: nn.Module, parameters: Iterable[str]) -> dict[str, n
     def owns(name: str, module: nn.Module) -> bool:
         if is_fused_experts(module):
             return bool(wanted & {f"{name}.gate_up_proj", f"{name}.down_proj"})
-        return is_linear(module) and f"{name}.weight" in wanted
+        return is_linear(module) and (f"{name}.weight" if name else "weight") in wanted
 
     return {name: module for name, module in model.named_modules() if owns(name, module)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch import nn
 from qwodel.modeling.recorder import InputRecorder, is_fused_experts
 from qwodel.modeling.stepwise import Arrival
 
-__all__ = ["Stage", "find_stages"]
+__all__ = ["Stage", "copied", "find_stages", "token_counts"]
 
 Stage = tuple[str, ...]
-"""Names of layers that read the same tensor, the one that runs first in front."""
+"""Names of layers that read the same tensor one after another, the one that runs first in front."""
 
 
 def find_stages(
@@ -41,11 +42,19 @@ def find_stages(
         return None
     with InputRecorder(layers, gram=False) as recorder:
         unit(*copied(arrival.args), **copied(arrival.kwargs))
-    groups = recorder.groups()
-    whole = {math.prod(each.shape[:-1]) for each in _tensors((arrival.args, arrival.kwargs))}
-    if len(recorder.seen()) < len(layers) or any(group.sums.count not in whole for group in groups):
+    whole = token_counts(arrival)
+    if len(recorder.seen()) < len(layers) or any(
+        group.sums.count not in whole for group in recorder.groups()
+    ):
         return None
-    return tuple(tuple(name.removesuffix(".weight") for name, _ in group.layers) for group in groups)
+    # A layer that reads an input again when others have run in between is a stage of its own.
+    runs = groupby(recorder.seen().items(), key=lambda item: id(item[1]))
+    return tuple(tuple(name.removesuffix(".weight") for (name, _), _ in run) for _, run in runs)
+
+
+def token_counts(arrival: Arrival) -> frozenset[int]:
+    """How many vectors a layer may read that sees all tokens of a batch."""
+    return frozenset(math.prod(each.shape[:-1]) for each in _tensors((arrival.args, arrival.kwargs)))
 
 
 def copied(value: Any) -> Any:

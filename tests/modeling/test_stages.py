@@ -34,6 +34,11 @@ def test_layers_that_read_the_same_tensor_are_one_stage():
     assert stages_of("llama") == [expected] * 3
 
 
+def test_a_layer_that_reads_the_same_tensor_after_others_have_run_is_a_stage_of_its_own():
+    attention = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.dense",)]
+    assert stages_of("phi") == [(*attention, ("mlp.fc1",), ("mlp.fc2",))] * 3
+
+
 @pytest.mark.parametrize("wanted", ["experts", ""])
 def test_blocks_with_experts_have_no_stages(wanted):
     assert not any(stages_of("mixtral", lambda key: wanted in key))

@@ -35,6 +35,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "opt": ("OPTForCausalLM", "OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {}),
+    "phi": ("PhiForCausalLM", "PhiConfig", {}),
     "bert": ("BertForMaskedLM", "BertConfig", {}),
     "roberta": ("RobertaModel", "RobertaConfig", {}),
     "albert": ("AlbertModel", "AlbertConfig", {"embedding_size": 16, "num_hidden_layers": 3}),
