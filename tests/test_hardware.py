@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +17,7 @@ from qwodel.hardware import (
     headroom,
     is_out_of_memory,
     refine_batch,
+    return_free_memory,
     with_backoff,
 )
 
@@ -154,3 +158,21 @@ def test_other_errors_are_not_taken_for_memory() -> None:
     assert is_out_of_memory(chained)
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
     assert not is_out_of_memory(RuntimeError("in-memory set"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators give memory back their own way")
+def test_memory_that_small_objects_took_is_given_back() -> None:
+    """In a process of its own: 100 MB of objects below one that stays, and so pins the heap's end."""
+    program = """
+from qwodel.hardware import return_free_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+many = [bytearray(3000) for _ in range(40_000)]
+last = bytearray(3000)
+del many
+held = resident()
+return_free_memory()
+print(held - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 80_000_000

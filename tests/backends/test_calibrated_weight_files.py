@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwodel import Quantizer
-from qwodel.exceptions import CalibrationError, ConfigurationError
+from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
 from qwodel.int8 import read_weights
 
 pytestmark = pytest.mark.slow
@@ -79,6 +79,27 @@ def test_the_whole_model_is_nearer_to_its_source(kind, stories15m, text, judge, 
     assert all(each["output_sqnr_db"] >= each["nearest_sqnr_db"] for each in reports.values())
 
 
+def test_making_up_for_earlier_layers_helps_the_whole_model(stories15m, text, judge, tmp_path):
+    options = {"layout": "comfyui", "calibration_dataset": str(text), "num_samples": 48, "seq_length": 128}
+    plain, _ = quantize(stories15m, tmp_path / "gptq", "fp8_e4m3", **options)
+    better, manifest = quantize(stories15m, tmp_path / "gptaq", "fp8_e4m3", optimizer="gptaq", **options)
+    assert {each["method"] for each in manifest["rounding"].values()} == {"gptaq"}
+    assert judge(better) < 0.9 * judge(plain)
+
+
+def test_token_ids_need_no_tokenizer(stories15m, tmp_path):
+    bare = tmp_path / "model"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(stories15m / name)
+    ids = [[(7 * n + m) % 3000 + 3 for m in range(64)] for n in range(8)]
+    options = {"num_samples": 8, "seq_length": 64, "layout": "comfyui"}
+    _, manifest = quantize(bare, tmp_path / "out", "int8_row", calibration_dataset=ids, **options)
+    assert {each["tokens"] for each in manifest["rounding"].values()} == {512}
+    with pytest.raises(ValidationError, match="no tokenizer that loads"):
+        quantize(bare, tmp_path / "text", "int8_row", calibration_dataset=["some text"] * 99, **options)
+
+
 def test_directories_load_in_transformers_and_write(stories15m, text, tmp_path):
     path, _ = quantize(stories15m, tmp_path, "int8_row", calibration_dataset=str(text), **SAMPLES)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -136,6 +157,8 @@ def test_runs_repeat(stories15m, text, tmp_path):
         ({"num_samples": 3}, "num_samples belong to calibration_dataset"),
         ({"damping": 0.1}, "damping belong to gptq"),
         ({"calibration_dataset": "y", "num_iter": 3}, "num_iter belong to learned"),
+        ({"calibration_data_path": "x", "optimizer": "gptaq"}, "statistics know nothing of"),
+        ({"calibration_dataset": "y", "optimizer": "gptaq", "num_iter": 3}, "num_iter belong to learned"),
     ],
 )
 def test_options_without_effect_are_refused(stories15m, tmp_path, options, message):
