@@ -45,8 +45,23 @@ def wikitext() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as the bfloat16 GGUF llama.cpp's converter makes of it."""
-    target = tmp_path_factory.mktemp("gguf") / "SmolLM2-135M-Instruct-BF16.gguf"
+    return converted(smollm2, tmp_path_factory.mktemp("gguf") / "SmolLM2-135M-Instruct-BF16.gguf")
+
+
+def converted(source: Path, target: Path) -> Path:
+    """A directory as the bfloat16 GGUF llama.cpp's converter makes of it."""
     script = converter().script
-    command = [sys.executable, str(script), str(smollm2), "--outfile", str(target), "--outtype", "bf16"]
+    command = [sys.executable, str(script), str(source), "--outfile", str(target), "--outtype", "bf16"]
     subprocess.run(command, check=True, capture_output=True)
     return target
+
+
+def first_layers(source: Path, folder: Path, count: int) -> Path:
+    """Save a model's first layers, with its embeddings and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(source, dtype="auto", num_hidden_layers=count).save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder

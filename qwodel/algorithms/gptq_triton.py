@@ -1,6 +1,6 @@
 """GPTQ's inner loop as one Triton kernel: a block of columns stays on the chip while it is rounded.
 
-The same arithmetic as :func:`~qwodel.algorithms.gptq.solve_block` in the same order, so the same
+The same arithmetic as :func:`~qwodel.algorithms.gptq_columns.solve_block` in the same order, so the same
 codes: division rounds correctly, and products are rounded before they are subtracted.
 """
 
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwodel.algorithms.gptq import solve_block
+from qwodel.algorithms.gptq_columns import solve_block
 from qwodel.algorithms.quant_types import QuantType
 
 __all__ = ["solve_block_triton"]
@@ -73,7 +73,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 def solve_block_triton(
     columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, quant_type: QuantType
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`~qwodel.algorithms.gptq.solve_block` on a CUDA device, or in Triton's interpreter.
+    """:func:`~qwodel.algorithms.gptq_columns.solve_block` on a CUDA device, or in Triton's interpreter.
 
     Computes in fp32; what the kernel cannot hold goes to the ordinary loop.
 

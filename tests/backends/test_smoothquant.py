@@ -14,26 +14,20 @@ from safetensors.torch import load_file
 from qwodel import Quantizer
 from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityError, ValidationError
 from qwodel.smoothquant import Int8ForCausalLM, compute_activation_scales, save_activation_scales
-from tests.smoothquant.conftest import llama, one_thread, opt, text, tiny_directory
+from tests.smoothquant.conftest import (
+    IDS,
+    SIZES,
+    difference,
+    llama,
+    load,
+    logits,
+    one_thread,
+    opt,
+    text,
+    tiny_directory,
+)
 
 __all__ = ["llama", "one_thread", "opt", "text"]  # fixtures
-
-SIZES = {"seq_length": 32, "num_samples": 32, "batch_size": 8}
-IDS = torch.tensor([[5, 9, 13, 21, 33, 4, 71, 80]])
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
-    return found.double()
-
-
-def difference(model: Any, expected: torch.Tensor) -> float:
-    return float((logits(model) - expected).norm() / expected.norm())
-
-
-def load(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "gptq"}], ids=["nearest", "gptq"])

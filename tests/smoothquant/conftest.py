@@ -14,6 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.modeling.tiny_models import make
 
+SIZES = {"seq_length": 32, "num_samples": 32, "batch_size": 8}
+"""A calibration that the tiny models get through at once."""
+
+IDS = torch.tensor([[5, 9, 13, 21, 33, 4, 41, 50]])
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -71,3 +76,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_directory("opt", tmp_path_factory.mktemp("models") / "opt")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found.double()
+
+
+def difference(model: Any, expected: torch.Tensor) -> float:
+    return float((logits(model) - expected).norm() / expected.norm())
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -23,15 +23,9 @@ from qwodel.modeling.collect import collect_statistics
 from qwodel.smoothquant import smooth_model
 from qwodel.smoothquant.calibration import calibrate
 from qwodel.smoothquant.simulate import quantizable_layers
-from tests.smoothquant.conftest import llama, one_thread, text
+from tests.smoothquant.conftest import SIZES, llama, load, one_thread, text
 
 __all__ = ["llama", "one_thread", "text"]  # fixtures
-
-TINY = {"seq_length": 32, "num_samples": 32, "batch_size": 8}
-
-
-def load(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
@@ -104,7 +98,7 @@ def test_one_gram_matrix_is_held(rotations: str, llama: Path, text: Path, tmp_pa
 
     quantizer = Quantizer(
         "smoothquant", str(llama), tmp_path, optimizer="gptq", alpha=0.5, rotations=rotations,
-        calibration_dataset=str(text), progress_callback=count, **TINY,
+        calibration_dataset=str(text), progress_callback=count, **SIZES,
     )  # fmt: skip
     quantizer.quantize("w8a8_dynamic")
     layers = 7  # of a block

@@ -18,27 +18,11 @@ from qwodel.modules.int8_experts import Int8Experts
 from qwodel.smoothquant import Int8ForCausalLM, fake_quantized
 from qwodel.smoothquant.stacked_experts import stacked_experts
 from tests.modeling.test_wiring import tiny
-from tests.smoothquant.conftest import one_thread, text, tiny_directory
+from tests.smoothquant.conftest import SIZES, difference, load, logits, one_thread, text, tiny_directory
 
 __all__ = ["one_thread", "text"]  # fixtures
 
 FLIPS = 3e-2
-IDS = torch.tensor([[5, 9, 13, 21, 33, 4, 41, 50]])
-SIZES = {"seq_length": 32, "num_samples": 32, "batch_size": 8}
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
-    return found.double()
-
-
-def difference(model: Any, expected: torch.Tensor) -> float:
-    return float((logits(model) - expected).norm() / expected.norm())
-
-
-def load(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def test_it_is_the_formula() -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwodel import Quantizer
 from qwodel.calibration import load_tokens
 from tests.backends.awq.packed import decode, round_to_nearest
+from tests.conftest import first_layers
 
 pytestmark = pytest.mark.slow
 
@@ -140,11 +141,8 @@ def test_progress_rises_with_the_blocks(run: tuple[Path, dict[str, Any], list[tu
 
 def test_smollm2_cut_to_six_layers(smollm2: Path, tmp_path: Path) -> None:
     """576 columns and bfloat16 weights, calibrated on records of a .jsonl file."""
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, num_hidden_layers=6)
-    source = tmp_path / "SmolLM2-6"
-    model.save_pretrained(source)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tokenizer.save_pretrained(source)
+    source = first_layers(smollm2, tmp_path / "SmolLM2-6", 6)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     sentences = ["The lighthouse keeper wrote down the weather every evening before the lamp was lit. "] * 40
     text = tmp_path / "chat.jsonl"
     records = [
@@ -164,7 +162,7 @@ def test_smollm2_cut_to_six_layers(smollm2: Path, tmp_path: Path) -> None:
     assert out.shape == (1, 36)
     first, second = (
         decode(path, "model.layers.3.mlp.down_proj"),
-        model.model.layers[3].mlp.down_proj.weight.detach().float(),
+        _load(source).model.layers[3].mlp.down_proj.weight.detach(),
     )
     # Scales have moved between up and down, so columns differ by factors; directions do not.
     cosine = torch.nn.functional.cosine_similarity(first.T, second.T)

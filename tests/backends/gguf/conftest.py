@@ -10,6 +10,8 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from tests.conftest import converted, first_layers
+
 
 def quantize_by_hand(source: Path, target: Path, ftype: int, **fields: Any) -> None:
     """Call ``llama_model_quantize`` with its defaults but for ``ftype`` and ``fields``."""
@@ -50,3 +52,15 @@ def stories_gguf(stories15m: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     quantizer = Quantizer("gguf", stories15m, folder, keep_intermediate=True)
     quantizer.quantize("Q8_0")
     return Path(quantizer.get_model_info()["intermediate"])
+
+
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with its first four layers of thirty, for types that take minutes to find."""
+    return first_layers(smollm2, tmp_path_factory.mktemp("short") / smollm2.name, 4)
+
+
+@pytest.fixture(scope="session")
+def short_smollm2_gguf(short_smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as the bfloat16 GGUF llama.cpp's converter makes of it."""
+    return converted(short_smollm2, tmp_path_factory.mktemp("short") / f"{short_smollm2.name}-BF16.gguf")

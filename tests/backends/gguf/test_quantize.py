@@ -63,12 +63,14 @@ def test_smollm2_iq4_nl_from_a_gguf(smollm2_gguf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["smollm2", "stories15m"])
+@pytest.mark.parametrize(
+    ("model", "gguf"), [("short_smollm2", "short_smollm2_gguf"), ("stories15m", "stories_gguf")]
+)
 def test_an_iq2_type_with_an_importance_matrix(
-    request: pytest.FixtureRequest, tmp_path: Path, wikitext: Path, model: str
+    request: pytest.FixtureRequest, tmp_path: Path, wikitext: Path, model: str, gguf: str
 ) -> None:
     source: Path = request.getfixturevalue(model)
-    origin: Path = request.getfixturevalue("smollm2_gguf" if model == "smollm2" else "stories_gguf")
+    origin: Path = request.getfixturevalue(gguf)
     quantizer = Quantizer(
         "gguf", source, tmp_path, calibration_dataset=wikitext, num_samples=2, seq_length=128,
     )  # fmt: skip
@@ -118,12 +120,19 @@ def test_smollm2_q8_0_writes_what_the_source_writes(smollm2_gguf: Path, tmp_path
     assert greedy(path, prompt, 30) == greedy(smollm2_gguf, prompt, 30)
 
 
+@pytest.fixture(scope="module")
+def stories(stories_gguf: Path) -> list[str]:
+    """Stories the model wrote itself."""
+    return [greedy(stories_gguf, prompt, 200) for prompt in _prompts()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q2_K", "IQ3_M"])
-def test_an_importance_matrix_lowers_the_kl_divergence(stories_gguf: Path, tmp_path: Path, name: str) -> None:
-    """Calibrated on stories the model wrote itself, scored on others."""
-    written = [greedy(stories_gguf, prompt, 200) for prompt in _prompts()]
-    train, held_out = ("\n".join(written[:4]) + "\n") * 3, " ".join(written[4:]).encode()
+def test_an_importance_matrix_lowers_the_kl_divergence(
+    stories: list[str], stories_gguf: Path, tmp_path: Path, name: str
+) -> None:
+    """Calibrated on some of the stories, scored on others."""
+    train, held_out = ("\n".join(stories[:4]) + "\n") * 3, " ".join(stories[4:]).encode()
     reference = logits(stories_gguf, held_out)
 
     def divergence(path: Path) -> float:
