@@ -2,7 +2,7 @@
 
 Both take SmolLM2-135M-Instruct in bf16, 32 × 512 tokens of ``--calibration``, INT8 weights with one
 symmetric scale a row, every linear layer but the head, GPTQ with act-order of each one's default kind, on
-the CPU. Each runs in a process of its own; time is that of the call alone, without imports; memory is the
+the CPU; ours with and without making up for earlier layers (GPTAQ). Each runs in a process of its own; time is that of the call alone, without imports; memory is the
 peak of the process. Then every layer is decoded to fp32 and the next-token distributions on ``--heldout``
 are compared with the unquantized model's.
 
@@ -49,7 +49,7 @@ import qwodel.backends.int8, qwodel.modeling.calibrated, transformers
 start = time.perf_counter()
 Quantizer("int8", model, output, optimizer=sys.argv[4], layout="comfyui",
           **({"calibration_dataset": rows.tolist(), "num_samples": len(rows), "seq_length": rows.shape[1]}
-             if sys.argv[4] == "gptq" else {})).quantize("int8_row")
+             if sys.argv[4] != "none" else {})).quantize("int8_row")
 """
     + _REPORT
 )
@@ -120,6 +120,7 @@ def main() -> None:
                 ("round to nearest", _OURS, ["none"]),
                 ("llm-compressor GPTQ", _PEER, []),
                 ("qwodel GPTQ", _OURS, ["gptq"]),
+                ("qwodel GPTAQ", _OURS, ["gptaq"]),
             ):
                 if arguments.no_peer and program is _PEER:
                     continue

@@ -4,8 +4,9 @@ Each method makes a whole file through ``Quantizer``, calibrated on ``--calibrat
 is decoded from that file. Then, on held-out text:
 
 * output SQNR: mean over layers of 10·log₁₀(‖XWᵀ‖²/‖XWᵀ − XŴᵀ‖²), X from the unquantized model on text
-  of *another kind* (the Python language reference that comes with CPython); "W8A8" also rounds X to INT8
-  token by token, in the rotated basis for ConvRot, as ComfyUI does;
+  of *another kind* (the Python language reference that comes with CPython), and on ``--heldout``, text of
+  the calibration's kind; "W8A8" also rounds X to INT8 token by token, in the rotated basis for ConvRot, as
+  ComfyUI does. ``--layers`` names the layers that count;
 * KL divergence of the next-token distributions from the unquantized model's, and perplexity, on
   ``--heldout``; all weights decoded to fp32.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -41,9 +43,9 @@ from qwodel.checkpoint.source_decoders import RotatedDecoder
 from qwodel.demo import demo_model
 
 METHODS = (
-    "int8_row/none", "int8_row/gptq", "int8_row/quip", "int8_tensor/none", "int8_tensor/gptq",
-    "int8_convrot/none", "int8_convrot/gptq",
-    "fp8_e4m3/none", "fp8_e4m3/gptq", "fp8_e4m3_row/none", "fp8_e4m3_row/search", "fp8_e4m3_row/gptq",
+    "int8_row/none", "int8_row/gptq", "int8_row/gptaq", "int8_row/quip", "int8_tensor/none", "int8_tensor/gptq",
+    "int8_convrot/none", "int8_convrot/gptq", "int8_convrot/gptaq",
+    "fp8_e4m3/none", "fp8_e4m3/gptq", "fp8_e4m3/gptaq", "fp8_e4m3_row/none", "fp8_e4m3_row/search", "fp8_e4m3_row/gptq", "fp8_e4m3_row/gptaq",
 )  # fmt: skip
 
 _CHILD = """
@@ -71,14 +73,17 @@ class Result:
     megabytes: float
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     rotations: dict[str, int] = field(default_factory=dict)
-    noise: dict[str, list[float]] = field(default_factory=dict)
-    noise_w8a8: dict[str, list[float]] = field(default_factory=dict)
+    sqnr: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def make(method: str, model: Path, calibration: Path, samples: int, folder: Path) -> Result:
     """Quantize in a process of its own."""
     kind, optimizer = method.split("/")
-    data = str(calibration) if optimizer in ("gptq", "quip", "adamw", "radam", "ppsf", "original") else ""
+    data = (
+        str(calibration)
+        if optimizer in ("gptq", "gptaq", "quip", "adamw", "radam", "ppsf", "original")
+        else ""
+    )
     output = folder / method.replace("/", "-")
     command = [sys.executable, "-c", _CHILD, kind, optimizer, str(model), str(output), data, str(samples)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -98,23 +103,25 @@ def decode(result: Result) -> None:
                 result.rotations[layer] = source.decoder.size
 
 
-def measure_layers(model: Any, batches: torch.Tensor, results: dict[str, Result]) -> None:
-    """Mean output SQNR of every method, weights only and W8A8, from the layers' real inputs."""
+def measure_layers(model: Any, batches: torch.Tensor, results: dict[str, Result], column: str) -> None:
+    """Output SQNR of every layer and method from the layers' real inputs: ``column``, and its W8A8."""
     signal: dict[str, float] = {}
+    noise: dict[tuple[str, str, str], float] = {}
 
     def hook(name: str) -> Any:
         def watch(_: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
             x, y = args[0].flatten(0, -2), output.flatten(0, -2)
             signal[name] = signal.get(name, 0.0) + float(y.double().square().sum())
             for method, result in results.items():
-                if name not in result.weights:
+                weight = result.weights.get(name)
+                if weight is None:
                     continue
-                weight = result.weights[name]
-                error = x @ weight.T - y
-                result.noise.setdefault(name, []).append(float(error.double().square().sum()))
+                seen = {column: x}
                 if method.startswith("int8"):
-                    error = int8_inputs(x, result.rotations.get(name)) @ weight.T - y
-                    result.noise_w8a8.setdefault(name, []).append(float(error.double().square().sum()))
+                    seen[f"{column}, W8A8"] = int8_inputs(x, result.rotations.get(name))
+                for kind, inputs in seen.items():
+                    error = float((inputs @ weight.T - y).double().square().sum())
+                    noise[method, kind, name] = noise.get((method, kind, name), 0.0) + error
 
         return watch
 
@@ -127,10 +134,8 @@ def measure_layers(model: Any, batches: torch.Tensor, results: dict[str, Result]
             model.model(row[None])
     for each in hooks:
         each.remove()
-    for result in results.values():
-        for noise in (result.noise, result.noise_w8a8):
-            for name, parts in noise.items():
-                noise[name] = [10 * math.log10(signal[name] / sum(parts))]
+    for (method, kind, name), error in noise.items():
+        results[method].sqnr.setdefault(kind, {})[name] = 10 * math.log10(signal[name] / error)
 
 
 def int8_inputs(x: torch.Tensor, rotation: int | None) -> torch.Tensor:
@@ -170,6 +175,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
     parser.add_argument("--score", type=int, default=24, help="held-out sequences")
+    parser.add_argument("--layers", default="", help="regular expression of the layers whose SQNR counts")
     parser.add_argument("--keep", type=Path, help="folder for the files")
     arguments = parser.parse_args()
     source = arguments.model or demo_model(cache_dir())
@@ -190,13 +196,17 @@ def main() -> None:
             )
             decode(results[method])
             print(f"{method}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    measure_layers(model, other, results)
+    measure_layers(model, other, results, "another kind")
+    measure_layers(model, heldout[:4], results, "same kind")
     print(f"{source.name}: {len(next(iter(results.values())).weights)} layers, "
           f"perplexity {measure_model(model, heldout, logits)[1]:.3f}")  # fmt: skip
+    columns = ("another kind", "another kind, W8A8", "same kind", "same kind, W8A8")
     print(
-        "| format | rounding | output SQNR, dB | in W8A8, dB | KL ×1000 | of nearest | perplexity | s | MB |"
+        "| format | rounding | output SQNR, dB: "
+        + " | ".join(columns)
+        + " | KL ×1000 | of nearest | perplexity | s | MB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---" * 11 + "|")
     nearest: dict[str, float] = {}
     for method, result in results.items():
         kind, optimizer = method.split("/")
@@ -206,14 +216,15 @@ def main() -> None:
         if optimizer == "none":
             nearest[kind] = divergence
         share = f"{divergence / nearest[kind]:.2f}" if kind in nearest else "–"
-        sqnr, w8a8 = (mean(each) for each in (result.noise, result.noise_w8a8))
-        print(f"| {kind} | {optimizer} | {sqnr} | {w8a8} | {1000 * divergence:.3f} | {share} | {perplexity:.3f} "
+        decibels = " | ".join(mean(result.sqnr.get(column, {}), arguments.layers) for column in columns)
+        print(f"| {kind} | {optimizer} | {decibels} | {1000 * divergence:.3f} | {share} | {perplexity:.3f} "
               f"| {result.seconds:.0f} | {result.megabytes:.0f} |", flush=True)  # fmt: skip
 
 
-def mean(noise: dict[str, list[float]]) -> str:
-    """The mean over layers, or a dash."""
-    return f"{sum(value[0] for value in noise.values()) / len(noise):.2f}" if noise else "–"
+def mean(sqnr: dict[str, float], layers: str) -> str:
+    """The mean over the layers whose names match, or a dash."""
+    chosen = [value for name, value in sqnr.items() if re.search(layers, name)]
+    return f"{sum(chosen) / len(chosen):.2f}" if chosen else "–"
 
 
 if __name__ == "__main__":
