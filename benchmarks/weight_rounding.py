@@ -77,7 +77,7 @@ class Result:
 
 
 def make(method: str, model: Path, calibration: Path, samples: int, folder: Path) -> Result:
-    """Quantize in a process of its own."""
+    """Quantize in a process of its own, where the folder does not hold the file."""
     kind, optimizer = method.split("/")
     data = (
         str(calibration)
@@ -85,6 +85,8 @@ def make(method: str, model: Path, calibration: Path, samples: int, folder: Path
         else ""
     )
     output = folder / method.replace("/", "-")
+    if output.is_dir():
+        return Result(next(output.glob("*.safetensors")), math.nan, math.nan)
     command = [sys.executable, "-c", _CHILD, kind, optimizer, str(model), str(output), data, str(samples)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     path, seconds, peak = json.loads(done.stdout.splitlines()[-1])
@@ -176,7 +178,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
     parser.add_argument("--score", type=int, default=24, help="held-out sequences")
     parser.add_argument("--layers", default="", help="regular expression of the layers whose SQNR counts")
-    parser.add_argument("--keep", type=Path, help="folder for the files")
+    parser.add_argument("--keep", type=Path, help="folder for the files; those in it are scored again")
     arguments = parser.parse_args()
     source = arguments.model or demo_model(cache_dir())
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()

@@ -152,7 +152,7 @@ def _searches(options: SmoothQuantOptions) -> bool:
 
 
 def _export_options(spec: FormatSpec, options: SmoothQuantOptions) -> ExportOptions:
-    from qwodel.modeling.calibrated import CalibrationOptions
+    from qwodel.modeling.calibration_batches import CalibrationOptions
     from qwodel.smoothquant.export_options import ExportOptions
 
     calibration = None

@@ -15,7 +15,7 @@ from qwodel.checkpoint.statistics import StatisticsFile
 from qwodel.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from qwodel.modeling.calibrated import CalibrationOptions
+    from qwodel.modeling.calibration_batches import CalibrationOptions
 
 __all__ = ["calibration_options", "data_aware", "rounding_of"]
 
@@ -100,7 +100,7 @@ def data_aware(options: WeightFileOptions) -> DataAware:
 
 def calibration_options(options: WeightFileOptions) -> CalibrationOptions:
     """The text to run the model on."""
-    from qwodel.modeling.calibrated import CalibrationOptions
+    from qwodel.modeling.calibration_batches import CalibrationOptions
 
     names = {"num_samples", "seq_length", "batch_size", "token", "seed"}
     given = _given(options, tuple(names))

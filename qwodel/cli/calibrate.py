@@ -57,7 +57,8 @@ def calibrate(
 
     try:
         from qwodel.checkpoint.streaming import resolve_device
-        from qwodel.modeling.calibrated import CalibrationOptions, collect_from_checkpoint
+        from qwodel.modeling.calibrated import collect_from_checkpoint
+        from qwodel.modeling.calibration_batches import CalibrationOptions
     except ImportError as error:
         raise DependencyError(
             f"calibrate needs {error.name}", hint="pip install 'qwodel[calibrate]'"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 
 from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport
 from qwodel.algorithms.gram import InputStatistics
-from qwodel.calibration import DEFAULT_DATASET, CalibrationSpec, holds_token_ids, load_tokens
 from qwodel.checkpoint.code_store import CodeStore
 from qwodel.checkpoint.dequantize_sources import resolve_sources
 from qwodel.checkpoint.plan import Plan, TensorPlan
@@ -23,60 +21,17 @@ from qwodel.checkpoint.rounding import FromStore
 from qwodel.checkpoint.statistics import write_statistics
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.tensor_work import weight_rows
-from qwodel.exceptions import (
-    ConversionError,
-    DependencyError,
-    QuantizationError,
-    ResourceError,
-    ValidationError,
-)
+from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
 from qwodel.hardware import return_free_memory
 from qwodel.modeling.blockwise import quantize_blockwise, round_stored
+from qwodel.modeling.calibration_batches import CalibrationOptions, calibration_batches
 from qwodel.modeling.collect import collect_blockwise, kept_statistics
 from qwodel.modeling.lazy_model import LazyModel, config_of, open_lazily
 from qwodel.modeling.model_blocks import ModelBlocks
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.progress import Progress, ProgressCallback
 
-__all__ = [
-    "CalibrationOptions",
-    "calibration_batches",
-    "collect_from_checkpoint",
-    "find_codes",
-    "load_tokenizer",
-    "open_checkpoint",
-]
-
-log = logging.getLogger(__name__)
-
-_LEAST_TOKENS = 16384
-_TOKENS_A_COLUMN = 2  # twice as many inputs as channels: fewer, and the Gram matrix is mostly noise
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationOptions:
-    """Which text a model is run on, and how.
-
-    Attributes:
-        dataset: a file, a folder, a hub dataset or an iterable.
-        num_samples: sequences; by default as many as hold 16,384 tokens, and two for each input
-            channel of the widest layer.
-        seq_length: tokens a sequence.
-        batch_size: sequences run together.
-        split, column, token: of a hub dataset: its split, text column and access token.
-        seed: of the choice of sequences.
-        device: where blocks are run.
-    """
-
-    dataset: CalibrationSpec = DEFAULT_DATASET
-    num_samples: int | None = None
-    seq_length: int = 512
-    batch_size: int = 4
-    split: str = "train"
-    column: str | None = None
-    token: str | None = field(default=None, repr=False)
-    seed: int = 0
-    device: str = "cpu"
+__all__ = ["collect_from_checkpoint", "find_codes", "open_checkpoint"]
 
 
 def find_codes(
@@ -272,67 +227,3 @@ def _compute_dtype(plan: Plan) -> torch.dtype:
     wide = sum(each.output_bytes for each in plan.tensors if each.source.dtype in ("F32", "F64"))
     narrow = sum(each.output_bytes for each in plan.tensors if each.source.dtype not in ("F32", "F64"))
     return torch.float32 if wide > narrow else torch.bfloat16
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model directory.
-
-    Raises:
-        DependencyError: transformers is not installed.
-        ValidationError: there is no tokenizer, or none that loads.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise DependencyError(
-            "reading calibration text needs transformers", hint="pip install 'qwodel[calibrate]'"
-        ) from error
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # Tokenizers fail in many ways; the text says which.
-        raise ValidationError(
-            f"{folder} has no tokenizer that loads: {error}",
-            hint="put tokenizer.json beside the weights, or give calibration data as lists of token ids",
-        ) from error
-
-
-def calibration_batches(
-    folder: Path, config: Any, options: CalibrationOptions, widest: int
-) -> Iterator[Mapping[str, Any]]:
-    """Keyword arguments of a transformers model's forward pass, batch by batch.
-
-    Args:
-        folder: the model directory, for its tokenizer.
-        config: the model's configuration.
-        options: the text.
-        widest: input channels of the widest layer.
-
-    Raises:
-        CalibrationError: the text is missing or too little.
-        ValidationError: there is no tokenizer.
-    """
-    text = getattr(config, "get_text_config", lambda: config)()
-    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    length = min(options.seq_length, context) if isinstance(context, int) else options.seq_length
-    wanted = max(_LEAST_TOKENS, _TOKENS_A_COLUMN * widest)
-    tokens = load_tokens(
-        options.dataset,
-        None if holds_token_ids(options.dataset) else load_tokenizer(folder),
-        num_samples=options.num_samples or -(-wanted // length),
-        seq_length=options.seq_length,
-        seed=options.seed,
-        split=options.split,
-        token=options.token,
-        column=options.column,
-        context_length=context if isinstance(context, int) else None,
-    )
-    log.info("calibrating on %d sequences of %d tokens", *tokens.shape)
-    for start in range(0, len(tokens), options.batch_size):
-        ids = torch.from_numpy(tokens[start : start + options.batch_size]).to(options.device)
-        batch: dict[str, Any] = {"input_ids": ids}
-        if getattr(config, "is_encoder_decoder", False):
-            batch["decoder_input_ids"] = ids
-        if hasattr(text, "use_cache"):
-            batch["use_cache"] = False
-        yield batch

@@ -23,7 +23,8 @@ from qwodel.checkpoint.rounding import FromStore, Nearest
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.checkpoint.transformers_layout import TransformersLayout, config_bytes
 from qwodel.checkpoint.verify import LayerQuality, verify
-from qwodel.modeling.calibrated import calibration_batches, find_codes
+from qwodel.modeling.calibrated import find_codes
+from qwodel.modeling.calibration_batches import calibration_batches
 from qwodel.modeling.lazy_model import config_of
 from qwodel.modeling.recorder import is_fused_experts
 from qwodel.modules.int8_linear import Activations

@@ -9,7 +9,7 @@ from typing import Literal
 from qwodel.algorithms.hadamard import MAX_CONVROT_GROUP
 from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
 from qwodel.exceptions import CalibrationError, ConfigurationError
-from qwodel.modeling.calibrated import CalibrationOptions
+from qwodel.modeling.calibration_batches import CalibrationOptions
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.smooth import Alpha
 

@@ -112,7 +112,8 @@ def test_directories_load_in_transformers_and_write(stories15m, text, tmp_path):
 
 
 def test_statistics_that_were_kept_serve_as_well(stories15m, text, judge, tmp_path):
-    from qwodel.modeling.calibrated import CalibrationOptions, collect_from_checkpoint
+    from qwodel.modeling.calibrated import collect_from_checkpoint
+    from qwodel.modeling.calibration_batches import CalibrationOptions
 
     options = CalibrationOptions(str(text), 12, 128)
     stats = collect_from_checkpoint(stories15m, tmp_path / "stats.safetensors", options)

@@ -18,7 +18,7 @@ from qwodel.algorithms.gram import GramAccumulator
 from qwodel.algorithms.quant_types import INT8, ROW
 from qwodel.algorithms.scales import quantize
 from qwodel.checkpoint.rounding import FromStatistics, LayerWeight
-from qwodel.modeling.calibrated import CalibrationOptions, calibration_batches
+from qwodel.modeling.calibration_batches import CalibrationOptions, calibration_batches
 from qwodel.modeling.collect import collect_statistics
 from qwodel.smoothquant import smooth_model
 from qwodel.smoothquant.calibration import calibrate
