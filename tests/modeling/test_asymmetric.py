@@ -7,51 +7,32 @@ from copy import deepcopy
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from qwodel.algorithms.asymmetric import asymmetric_targets
-from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.gptq import gptq
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW, TENSOR
-from qwodel.checkpoint.code_store import CodeStore
 from qwodel.checkpoint.storage_format import storage_format
 from qwodel.modeling import model_blocks
-from qwodel.modeling.blockwise import quantize_blockwise, round_stored
-from qwodel.modeling.lazy_model import config_of, open_lazily
-from qwodel.modeling.model_blocks import layer_name
-from qwodel.progress import Progress
 
+from .test_blockwise import run as run_blockwise
 from .test_recorder import plain_inputs
 from .tiny_models import batches, save
 
-LINEAR = ("norm", "Norm", "embed", "shared", "bias", "lm_head")
 
+def run(folder, name, kind="fp8_e4m3", *, method="gptaq", watch=None, count=3):
+    """Quantize a saved model; codes and reports by layer, and all statistics in order."""
+    seen = []
 
-def run(folder, name, kind="fp8_e4m3", *, asymmetric=True, watch=None, count=3):
-    """Quantize a saved model; codes, reports and statistics by layer."""
-    file = safe_open(folder / "model.safetensors", "pt")
-    lazy = open_lazily(config_of(folder), file.keys(), file.get_tensor)
-    tasks = {
-        layer_name(key): storage_format(kind)
-        for key in list(file.keys())
-        if len(file.get_slice(key).get_shape()) == 2 and not any(word in key for word in LINEAR)
-    }
-    options, seen = DataAware("gptaq" if asymmetric else "gptq"), []
-
-    def solve(weights, task, statistics):
+    def look(lazy, statistics):
         seen.append(statistics)
         if watch:
             watch(lazy)
-        return round_stored(weights, task, statistics, options)
 
-    store = folder / f"store-{asymmetric}-{len(list(folder.iterdir()))}"
-    store.mkdir()
-    data = [batch | {"use_cache": False} for batch in batches(name, count)]
-    reports = quantize_blockwise(
-        lazy, tasks, data, solve, CodeStore(store), Progress(None), asymmetric=asymmetric
+    _, store, reports, _ = run_blockwise(
+        folder, name, storage_format(kind), method=method, watch=look, count=count
     )
-    return CodeStore(store), reports, seen
+    return store, reports, seen
 
 
 def test_codes_are_those_of_a_hand_made_sequence(tmp_path):
@@ -118,16 +99,16 @@ def test_outputs_are_nearer_to_the_sources(name, tmp_path):
     source = save(name, tmp_path)
     data = batches(name, 12)
     error = {}
-    for asymmetric in (False, True):
-        store, reports, _ = run(tmp_path, name, asymmetric=asymmetric, count=12)
+    for method in ("gptq", "gptaq"):
+        store, reports, _ = run(tmp_path, name, method=method, count=12)
         model = deepcopy(source)
         state = model.state_dict()
         for layer in (each for each in reports if f"{each}.weight" in state):
             state[f"{layer}.weight"].copy_(store.get(layer).dequantize())
         with torch.no_grad():
             pairs = [(source(**batch).logits, model(**batch).logits) for batch in data]
-        error[asymmetric] = sum(float((a - b).square().sum()) for a, b in pairs)
-    assert error[True] < error[False]
+        error[method] = sum(float((a - b).square().sum()) for a, b in pairs)
+    assert error["gptaq"] < error["gptq"]
 
 
 def test_a_block_that_runs_again_runs_quantized(tmp_path):
@@ -141,7 +122,7 @@ def test_a_block_that_runs_again_runs_quantized(tmp_path):
             layer.register_forward_hook(lambda module, args, output: used.append(module.weight.clone()))
             used.append(layer.weight.clone())
 
-    store, reports, _ = run(tmp_path, "albert", asymmetric=False, watch=watch)
+    store, reports, _ = run(tmp_path, "albert", method="gptq", watch=watch)
     [name] = [layer for layer in reports if layer.endswith("attention.query")]
     assert not torch.equal(used[0], used[-1])
     assert torch.equal(used[-1], store.get(name).dequantize())

@@ -27,7 +27,12 @@ def solve(weights, task, statistics):
     return round_stored(weights, task, statistics, DataAware())
 
 
-def run(folder, name, task, *, keep=lambda key: "norm" not in key and "embed" not in key, progress=None):
+def of_a_linear_layer(key):
+    return not any(word in key for word in ("norm", "Norm", "embed", "shared", "bias", "lm_head"))
+
+
+def run(folder, name, task, *, keep=of_a_linear_layer, progress=None, method="gptq", watch=None, count=3):
+    """Quantize a saved model; ``watch`` is given the lazy model and the statistics of each solution."""
     file = safe_open(folder / "model.safetensors", "pt")
     lazy = open_lazily(config_of(folder), file.keys(), file.get_tensor)
     tasks = {
@@ -35,11 +40,20 @@ def run(folder, name, task, *, keep=lambda key: "norm" not in key and "embed" no
         for key in list(file.keys())
         if len(file.get_slice(key).get_shape()) == 2 and keep(key)
     }
-    (folder / "store").mkdir()
-    store = CodeStore(folder / "store")
-    data = [batch | {"use_cache": False} for batch in batches(name)]
-    reports = quantize_blockwise(lazy, tasks, data, solve, store, progress or Progress(None))
-    return lazy, CodeStore(folder / "store"), reports, tasks
+
+    def watched(weights, task, statistics):
+        if watch:
+            watch(lazy, statistics)
+        return round_stored(weights, task, statistics, DataAware(method))
+
+    store = folder / f"store{len(list(folder.iterdir()))}"
+    store.mkdir()
+    data = [batch | {"use_cache": False} for batch in batches(name, count)]
+    progress, asymmetric = progress or Progress(None), method == "gptaq"
+    reports = quantize_blockwise(
+        lazy, tasks, data, watched, CodeStore(store), progress, asymmetric=asymmetric
+    )
+    return lazy, CodeStore(store), reports, tasks
 
 
 def weights_of(folder):
@@ -86,14 +100,7 @@ def test_codes_are_those_of_a_hand_made_sequence(tmp_path, convrot):
 @pytest.mark.parametrize("name", ["bert", "t5", "opt", "gpt-neox", "phi3", "gemma2", "albert", "mixtral"])
 def test_every_layer_of_other_architectures_gains(name, tmp_path):
     save(name, tmp_path)
-    _, store, reports, tasks = run(
-        tmp_path,
-        name,
-        storage_format("fp8_e4m3"),
-        keep=lambda key: (
-            not any(word in key for word in ("norm", "Norm", "embed", "shared", "bias", "lm_head"))
-        ),
-    )
+    _, store, reports, tasks = run(tmp_path, name, storage_format("fp8_e4m3"))
     assert reports.keys() == tasks.keys()
     solved = {layer: report for layer, report in reports.items() if report.method == "gptq"}
     # The relative position table of T5 is no linear layer's weight.
