@@ -16,8 +16,10 @@ from qwodel.checkpoint.device_executor import make_executor
 from qwodel.checkpoint.layout import Layout
 from qwodel.checkpoint.planning import build_plan
 from qwodel.checkpoint.recipe import Recipe
-from qwodel.checkpoint.storage_format import storage_format
+from qwodel.checkpoint.storage_format import STORAGE_FORMATS, storage_format
 from qwodel.checkpoint.verify import LayerQuality, verify
+
+FORMATS = [name for name, each in STORAGE_FORMATS.items() if each.quantizes]
 
 
 def random_weights(
