@@ -36,9 +36,6 @@ __all__ = [
 _STRIP = 128
 """Columns of a Gram matrix at a time: of its two equal triangles only one is multiplied."""
 
-_NOISE = 1e-6
-"""A loss must be worse by more than the noise of fp32 sums."""
-
 
 @dataclass(frozen=True, slots=True)
 class GptqResult:
@@ -48,8 +45,8 @@ class GptqResult:
         quantized: codes and scales.
         loss: ‖X Eᵀ‖² of each row, fp64 ``[M]``, for a Gram matrix with mean diagonal 1; summed by the
             recursion, to 1e-9 where it runs in fp64.
-        nearest_loss: the same of round-to-nearest with absmax scales, which ``loss`` never exceeds (in
-            sum, where rows share scales) by more than 1e-6 of it, the noise of products in fp32.
+        nearest_loss: the same of round-to-nearest with absmax scales; ``loss`` never exceeds it
+            (in sum, where rows share scales).
         signal: ‖X Wᵀ‖² of each row, in the same unit.
         damping: the λ that was used, as a share of the mean diagonal.
         fell_back: why the whole matrix was rounded to nearest instead, or ``None``.
@@ -171,12 +168,11 @@ def _keep_better(
 ) -> tuple[Quantized, torch.Tensor]:
     """The better of two solutions: row by row where rows have scales of their own, else as a whole."""
     granularity = solved.granularity
-    limit = nearest_loss * (1 + _NOISE)
     if granularity.block_rows != 1:
-        if float(loss.sum()) <= float(limit.sum()):
+        if float(loss.sum()) <= float(nearest_loss.sum()):
             return solved, loss
         return nearest, nearest_loss
-    worse = ~(loss <= limit)  # as what is not a number is
+    worse = ~(loss <= nearest_loss)  # as what is not a number is
     if not bool(worse.any()):
         return solved, loss
     codes, scale = solved.codes.clone(), solved.scale.clone()
