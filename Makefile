@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format bench docs clean
+.PHONY: help quickstart test check format bench docs resolve release clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -13,10 +13,12 @@ help:  ## show this list
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# llama-cpp-python compiles libllama here: some minutes, once.
-$(VENV)/.gguf: pyproject.toml constraints.txt | $(BIN)/python
+# llama.cpp is compiled for this machine's CPU first, so that pip does not do it in its own way.
+$(VENV)/.gguf: pyproject.toml constraints.txt scripts/build_llama.py scripts/llama_core.cmake | $(BIN)/python
 	$(PIP) install --quiet cmake ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet --constraint constraints.txt --editable '.[gguf]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/build_llama.py
+	@echo "installing torch, transformers and the rest: one to three minutes"
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[gguf]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.gguf
@@ -44,6 +46,12 @@ bench: $(VENV)/.dev  ## run the benchmarks, one table each
 
 docs: $(VENV)/.dev  ## build the manual into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+resolve: | $(BIN)/python  ## do all extras resolve on every Python and system? (some minutes)
+	$(PIP) install --quiet 'uv>=0.9,<1'
+	$(BIN)/python scripts/resolve.py
+
+release: check docs resolve test  ## everything that must hold before a release
 
 clean:  ## remove what the targets made (not the cache)
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

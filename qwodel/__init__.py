@@ -41,7 +41,7 @@ __all__ = [
     "quantize",
 ]
 
-__version__ = "0.1.0"
+__version__ = "2.0.0.dev0"
 
 _HOME = {name: "qwodel.exceptions" for name in __all__ if name.endswith("Error") or name == "Cancelled"}
 _HOME |= {"Quantizer": "qwodel.quantizer", "quantize": "qwodel.quantizer"}

@@ -13,16 +13,16 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwodel.exceptions import DependencyError
+from qwodel.extras import install_hint
 from qwodel.gguf_header import GGUFHeader, read_gguf_header
 
-__all__ = ["DEMO_MODEL", "QUESTION", "demo_model", "speak"]
+__all__ = ["DEMO_MODEL", "QUESTION", "demo_model"]
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -82,7 +82,7 @@ def _dequantize(gguf: Path, target: Path) -> None:
         from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise DependencyError(
-            "the demo model needs torch and transformers", hint="pip install 'qwodel[gguf]'"
+            "the demo model needs torch and transformers", hint=install_hint("gguf")
         ) from error
     disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be turned off
@@ -128,16 +128,3 @@ def _save_tokenizer(header: GGUFHeader, target: Path) -> None:
     )
     fast.chat_template = header.metadata["tokenizer.chat_template"]
     fast.save_pretrained(target)
-
-
-def speak(path: Path, question: str) -> tuple[str, float]:
-    """Load the chat model at ``path`` with llama.cpp; return its greedy answer and its tokens per second."""
-    from llama_cpp import Llama
-
-    llama = Llama(str(path), n_ctx=512, verbose=False)
-    started = time.monotonic()
-    reply: Any = llama.create_chat_completion(
-        [{"role": "user", "content": question}], max_tokens=60, temperature=0.0
-    )
-    speed = reply["usage"]["completion_tokens"] / (time.monotonic() - started)
-    return str(reply["choices"][0]["message"]["content"]).strip(), speed

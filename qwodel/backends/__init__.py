@@ -14,6 +14,7 @@ from importlib import import_module, util
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwodel.exceptions import BackendNotFoundError, DependencyError, did_you_mean
+from qwodel.extras import install_hint
 
 if TYPE_CHECKING:
     from qwodel.backends.base import BaseQuantizer
@@ -87,7 +88,7 @@ def load_backend(name: str, *, check_dependencies: bool = True) -> type[BaseQuan
     if check_dependencies and (missing := missing_packages(key)):
         raise DependencyError(
             f"the {key} backend needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
-            hint=f"pip install 'qwodel[{builtin.extra}]'",
+            hint=install_hint(builtin.extra),
         )
     if not is_available(key):
         ready = [other for other in _BUILTIN if is_available(other)]

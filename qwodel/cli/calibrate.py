@@ -54,15 +54,14 @@ def calibrate(
     from qwodel.calibration import DEFAULT_DATASET
     from qwodel.cli.report import human_bytes, progress_display
     from qwodel.exceptions import DependencyError
+    from qwodel.extras import install_hint
 
     try:
         from qwodel.checkpoint.streaming import resolve_device
         from qwodel.modeling.calibrated import collect_from_checkpoint
         from qwodel.modeling.calibration_batches import CalibrationOptions
     except ImportError as error:
-        raise DependencyError(
-            f"calibrate needs {error.name}", hint="pip install 'qwodel[calibrate]'"
-        ) from error
+        raise DependencyError(f"calibrate needs {error.name}", hint=install_hint("calibrate")) from error
     given: dict[str, Any] = {"split": split, "column": column, "token": token, "seed": seed}
     options = CalibrationOptions(
         data or DEFAULT_DATASET,

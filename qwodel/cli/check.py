@@ -33,6 +33,7 @@ def check(json_: JsonFlag = False) -> None:
         "llama_cpp": _llama_cpp(),
         "backends": backend_states(),
     }
+    facts["llama_cpp"]["forward"] = _forward_pass(facts["backends"])
     if json_:
         print_json(facts)
         return
@@ -43,6 +44,9 @@ def check(json_: JsonFlag = False) -> None:
     if not gpus:
         typer.echo("no CUDA GPU found (AWQ will be slow; GGUF needs none)")
     typer.echo(f"llama.cpp converter: {facts['llama_cpp']['converter']}")
+    forward = facts["llama_cpp"]["forward"]
+    if forward["works"] is not None:
+        typer.echo(f"llama.cpp forward pass: {forward['problem'] or 'works'}")
     rows = [(s["backend"], s["state"], s["install"] or "") for s in facts["backends"]]
     print_table(["backend", "state", "to install"], rows)
 
@@ -50,6 +54,7 @@ def check(json_: JsonFlag = False) -> None:
 def backend_states() -> list[dict[str, Any]]:
     """Return, for every backend, whether it is ready and the command that would make it so."""
     from qwodel.backends import backend_names, is_available, missing_packages
+    from qwodel.extras import install_command
 
     states = []
     for name in backend_names():
@@ -58,13 +63,26 @@ def backend_states() -> list[dict[str, Any]]:
             state = "not in this release"
         else:
             state = f"needs {', '.join(missing)}" if missing else "ready"
-        install = f"{_python()} -m pip install 'qwodel[{name}]'" if missing and is_available(name) else None
+        install = (
+            f"{Path(sys.executable).name} -m {install_command(name)}"
+            if missing and is_available(name)
+            else None
+        )
         states.append({"backend": name, "state": state, "missing": missing, "install": install})
     return states
 
 
-def _python() -> str:
-    return Path(sys.executable).name
+def _forward_pass(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Try the installed llama.cpp in a child; where it fails, say so in the gguf backend's state too."""
+    gguf = next(state for state in states if state["backend"] == "gguf")
+    if "llama-cpp-python" in gguf["missing"] or "gguf" in gguf["missing"]:
+        return {"works": None, "problem": None, "cure": None}
+    from qwodel.backends.gguf.runtime import check_runtime
+
+    state = check_runtime()
+    if not state.works:
+        gguf["state"], gguf["install"] = "its llama.cpp does not run", state.cure
+    return {"works": state.works, "problem": state.problem, "cure": state.cure}
 
 
 def _llama_cpp() -> dict[str, Any]:

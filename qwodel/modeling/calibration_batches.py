@@ -12,6 +12,7 @@ import torch
 
 from qwodel.calibration import DEFAULT_DATASET, CalibrationSpec, holds_token_ids, load_tokens
 from qwodel.exceptions import DependencyError, ValidationError
+from qwodel.extras import install_hint
 
 __all__ = ["CalibrationOptions", "calibration_batches", "load_tokenizer"]
 
@@ -58,7 +59,7 @@ def load_tokenizer(folder: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise DependencyError(
-            "reading calibration text needs transformers", hint="pip install 'qwodel[calibrate]'"
+            "reading calibration text needs transformers", hint=install_hint("calibrate")
         ) from error
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qwodel.exceptions import ConfigurationError, ConversionError, DependencyError, ValidationError
+from qwodel.extras import install_hint
 
 __all__ = ["LazyModel", "WeightPart", "open_lazily"]
 
@@ -171,7 +172,7 @@ def open_lazily(
         from accelerate import init_empty_weights
     except ImportError as error:
         raise DependencyError(
-            f"running a model needs {error.name}", hint="pip install 'qwodel[calibrate]'"
+            f"running a model needs {error.name}", hint=install_hint("calibrate")
         ) from error
     names = config.get("architectures") or []
     if not names:

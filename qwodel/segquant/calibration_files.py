@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from qwodel.exceptions import CalibrationError, DependencyError, IntegrityError
+from qwodel.extras import install_hint
 from qwodel.output import disk_errors
 
 __all__ = ["Meta", "read_chunk", "read_meta", "require_zstd", "write_chunk", "write_meta"]
@@ -66,7 +67,7 @@ def require_zstd() -> Any:
     except ImportError as error:
         raise DependencyError(
             "compressed calibration sets need the package zstandard",
-            hint="pip install 'qwodel[segquant]', or compress=False",
+            hint=f"{install_hint('segquant')}; or compress=False",
         ) from error
     return zstandard
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qwodel.exceptions import DependencyError, IntegrityError, ValidationError
+from qwodel.extras import install_hint
 from qwodel.safetensors_files import checkpoint_files, read_header
 from qwodel.segquant.structure import FORMAT, QUANT_METHOD, built_layer, structure_of
 
@@ -171,7 +172,7 @@ def _diffusers() -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise DependencyError("diffusers is not installed", hint="pip install 'qwodel[segquant]'") from error
+        raise DependencyError("diffusers is not installed", hint=install_hint("segquant")) from error
     return diffusers
 
 

@@ -19,7 +19,7 @@ from llama_cpp import llama_cpp as lib
 from llama_cpp._ggml import libggml
 
 from qwodel.backends.gguf.imatrix import ImatrixEntry, ImportanceMatrix, write_imatrix
-from qwodel.backends.gguf.llama import forward_log, tokenize
+from qwodel.backends.gguf.llama import batch_of, forward_log, safe_model_params, tokenize
 
 __all__ = ["collect"]
 
@@ -153,9 +153,7 @@ def collect(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     errors: list[str] = []
     forward_log(emit, errors)
     lib.llama_backend_init()
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0
-    model = lib.llama_model_load_from_file(request["model"].encode(), params)
+    model = lib.llama_model_load_from_file(request["model"].encode(), safe_model_params())
     if not model:
         raise RuntimeError(
             f"llama.cpp cannot load {request['model']}: {errors[-1] if errors else 'no cause given'}"
@@ -175,7 +173,7 @@ def collect(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     for index, chunk in enumerate(_chunks(model, tokens, length, chunks)):
         emit({"chunk": index, "chunks": chunks})
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        if lib.llama_decode(context, _batch(chunk)) != 0 or collector.error:
+        if lib.llama_decode(context, batch_of(chunk)) != 0 or collector.error:
             raise collector.error or RuntimeError(f"the forward pass failed: {errors[-1] if errors else ''}")
     emit({"chunk": chunks, "chunks": chunks})
     entries = {
@@ -202,16 +200,3 @@ def _chunks(model: Any, tokens: list[int], length: int, count: int) -> Iterator[
         if lib.llama_vocab_get_add_bos(vocab):
             chunk[0] = int(lib.llama_vocab_bos(vocab))
         yield chunk
-
-
-def _batch(tokens: list[int]) -> Any:
-    batch = lib.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for position, token in enumerate(tokens):
-        batch.token[position] = token
-        batch.pos[position] = position
-        batch.n_seq_id[position] = 1
-        batch.seq_id[position][0] = 0
-        # Logits everywhere: the last block would skip rows nobody asks for.
-        batch.logits[position] = 1
-    return batch

@@ -10,15 +10,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llama_cpp import llama_cpp as lib
 
 from qwodel.backends.gguf.imatrix import ImportanceMatrix, read_imatrix
 
-__all__ = ["forward_log", "ggml_type_number", "load_model", "quantize_and_load", "tokenize"]
+__all__ = [
+    "batch_of",
+    "forward_log",
+    "ggml_type_number",
+    "load_model",
+    "quantize_and_load",
+    "safe_model_params",
+    "tokenize",
+]
 
 Emit = Callable[[dict[str, Any]], None]
 
 _ROW_BUFFER = 256 << 20  # bytes of rows held at once; llama.cpp's own default is 8 GiB
+_FORWARD_TOKENS = 8  # enough for attention to mix positions, few enough for a large model
 _KEEP: list[Any] = []  # native code holds pointers to these for the life of the process
 
 
@@ -51,7 +61,7 @@ def quantize_and_load(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     lib.llama_backend_init()
     if lib.llama_model_quantize(source, target, ctypes.byref(params)) != 0:
         raise _explained(errors, Path(request["target"]))
-    return load_model(request["target"], request["probe"], errors)
+    return load_model(request["target"], request["probe"], errors, request["nthread"])
 
 
 def _parameters(request: Mapping[str, Any]) -> Any:
@@ -149,19 +159,31 @@ def _explained(errors: list[str], target: Path) -> Exception:
     return RuntimeError(cause)
 
 
-def load_model(path: str, probe: str, errors: list[str]) -> dict[str, Any]:
-    """Load the model at ``path``, tokenize ``probe``, and return what llama.cpp makes of both.
+def safe_model_params() -> Any:
+    """Return parameters under which a model loads and runs on every CPU.
 
-    A vocabulary that does not fit its tokenizer model makes llama.cpp abort on the
-    first unusual byte; here that happens before anything is published.
-
-    Raises:
-        RuntimeError: llama.cpp cannot load it; the message is its own.
+    The extra buffer types repack weights: a copy of each, and on an Intel CPU with AMX, where
+    gcc 12 compiled llama.cpp for it, code that dies of an illegal instruction
+    (https://github.com/ggml-org/llama.cpp/pull/26954).
     """
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
-    params.use_extra_bufts = False  # repacking for speed would copy every weight
-    model = lib.llama_model_load_from_file(path.encode(), params)
+    params.use_extra_bufts = False
+    return params
+
+
+def load_model(path: str, probe: str, errors: list[str], threads: int) -> dict[str, Any]:
+    """Load the model at ``path``, tokenize ``probe``, run some of its tokens, and return what came of it.
+
+    A vocabulary that does not fit its tokenizer model makes llama.cpp abort on the
+    first unusual byte, and weights may load that compute nothing finite; here that
+    happens before anything is published.
+
+    Raises:
+        RuntimeError: llama.cpp cannot load or run it; the message is its own.
+        ValueError: what it computes is not finite.
+    """
+    model = lib.llama_model_load_from_file(path.encode(), safe_model_params())
     if not model:
         raise RuntimeError(
             f"llama.cpp cannot load the quantized file: {errors[-1] if errors else 'no cause given'}"
@@ -172,7 +194,7 @@ def load_model(path: str, probe: str, errors: list[str]) -> dict[str, Any]:
     template = lib.llama_model_chat_template(model, None)
     tokens = tokenize(vocab, probe.encode(), special=False)
     facts = {
-        "description": description.value.decode(),
+        "description": description.value.decode("utf-8", "replace"),
         "parameters": int(lib.llama_model_n_params(model)),
         "vocabulary": int(lib.llama_vocab_n_tokens(vocab)),
         "bos": int(lib.llama_vocab_bos(vocab)),
@@ -181,9 +203,53 @@ def load_model(path: str, probe: str, errors: list[str]) -> dict[str, Any]:
         "chat_template": template is not None,
         "probe_tokens": tokens,
         "probe_text": _detokenize(vocab, tokens),
+        "forward_tokens": _run(model, tokens[:_FORWARD_TOKENS] or [0], errors, threads),
     }
     lib.llama_model_free(model)
     return facts
+
+
+def _run(model: Any, tokens: list[int], errors: list[str], threads: int) -> int:
+    """Run ``tokens`` through the model, check what it computes, and return their number."""
+    params = lib.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = max(len(tokens), 32)
+    params.n_threads = params.n_threads_batch = threads
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise RuntimeError(
+            f"llama.cpp loads the quantized file and cannot run it: {errors[-1] if errors else 'no cause given'}"
+        )
+    step = lib.llama_encode if lib.llama_model_has_encoder(model) else lib.llama_decode
+    if step(context, batch_of(tokens)) != 0:
+        raise RuntimeError(f"the forward pass failed: {errors[-1] if errors else 'no cause given'}")
+    # A decoder gives logits, an encoder the embeddings of its tokens or of the text.
+    outputs = (
+        (
+            lib.llama_get_logits(context),
+            len(tokens) * int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))),
+        ),
+        (lib.llama_get_embeddings_seq(context, 0), int(lib.llama_model_n_embd(model))),
+        (lib.llama_get_embeddings(context), len(tokens) * int(lib.llama_model_n_embd(model))),
+    )
+    found = next(((pointer, count) for pointer, count in outputs if pointer), None)
+    if found is not None and not np.isfinite(np.ctypeslib.as_array(found[0], (found[1],))).all():
+        raise ValueError("the quantized file loads, and its forward pass gives numbers that are not finite")
+    lib.llama_free(context)
+    return len(tokens)
+
+
+def batch_of(tokens: list[int]) -> Any:
+    """Return one sequence of ``tokens`` as llama.cpp's batch, logits asked for at every position."""
+    batch = lib.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for position, token in enumerate(tokens):
+        batch.token[position] = token
+        batch.pos[position] = position
+        batch.n_seq_id[position] = 1
+        batch.seq_id[position][0] = 0
+        # The last block skips rows whose logits nobody asks for.
+        batch.logits[position] = 1
+    return batch
 
 
 def tokenize(vocab: Any, text: bytes, *, special: bool) -> list[int]:

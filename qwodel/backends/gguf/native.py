@@ -30,11 +30,18 @@ _HEARTBEAT_SECONDS = 0.5
 
 
 class NativeFailure(ConversionError):  # noqa: N818 - read as a noun where it is caught
-    """A child process failed; ``lines`` are its last words, newest last."""
+    """A child process failed: its last words, newest last, and the signal it died of, if one."""
 
-    def __init__(self, message: str, *, hint: str | None = None, lines: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        lines: tuple[str, ...] = (),
+        signal: str | None = None,
+    ) -> None:
         super().__init__(message, hint=hint)
-        self.lines = lines
+        self.lines, self.signal = lines, signal
 
 
 def run_worker(
@@ -182,7 +189,7 @@ def _died(task: str, code: int, words: deque[str]) -> Exception:
                 hint="use a machine with more memory, or lower nthread",
             )
         return NativeFailure(
-            f"the {task} process died of {name}; its last words: {last}", lines=_lines(words)
+            f"the {task} process died of {name}; its last words: {last}", lines=_lines(words), signal=name
         )
     return NativeFailure(
         f"the {task} process ended with code {code}; its last words: {last}", lines=tuple(words)

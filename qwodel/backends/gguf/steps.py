@@ -17,6 +17,7 @@ from qwodel.backends.gguf.verify import PROBE
 from qwodel.exceptions import (
     CalibrationError,
     ConversionError,
+    IntegrityError,
     QuantizationError,
     ResourceError,
     ValidationError,
@@ -167,6 +168,11 @@ def _quantize_error(failure: NativeFailure, job: Job[GGUFOptions]) -> Quantizati
         )
     if "requantizing" in cause:
         return ValidationError(cause, hint="pass allow_requantize=True and accept the loss")
+    if "not finite" in cause:
+        return IntegrityError(
+            f"{job.output.final.name}: {cause}",
+            hint="a source with NaN or with values that overflow does this; so does too coarse a format",
+        )
     return ConversionError(f"llama.cpp could not make {job.output.final.name}: {cause}")
 
 

@@ -24,6 +24,8 @@ _TASKS = {
     "convert": "qwodel.backends.gguf.worker:convert",
     "quantize": "qwodel.backends.gguf.llama:quantize_and_load",
     "imatrix": "qwodel.backends.gguf.imatrix_collect:collect",
+    "forward": "qwodel.backends.gguf.self_check:forward",
+    "speak": "qwodel.backends.gguf.self_check:speak",
 }
 
 

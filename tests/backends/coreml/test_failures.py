@@ -258,7 +258,7 @@ def test_without_coremltools_the_command_says_what_to_install(tiny_llama: Path, 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert "the coreml backend needs coremltools" in done.stderr
-    assert "pip install 'qwodel[coreml]'" in done.stderr
+    assert "hint: pip install 'coremltools<10,>=9.0'" in done.stderr
 
 
 @pytest.fixture(scope="session")

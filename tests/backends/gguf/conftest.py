@@ -24,9 +24,23 @@ def quantize_by_hand(source: Path, target: Path, ftype: int, **fields: Any) -> N
     )
 
 
+def load(model: Path, **settings: Any) -> Any:
+    """Load a model without the extra buffer types, whose AMX kernels some compilers break."""
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def safe() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", safe)
+        return llama_cpp.Llama(str(model), verbose=False, **settings)
+
+
 def logits(model: Path, text: bytes, *, context: int = 256) -> np.ndarray:
     """Return llama.cpp's log-probabilities [tokens, vocabulary] of ``text``."""
-    llama = llama_cpp.Llama(str(model), n_ctx=context, logits_all=True, verbose=False)
+    llama = load(model, n_ctx=context, logits_all=True)
     tokens = llama.tokenize(text)[:context]
     llama.eval(tokens)
     scores = np.array(llama.scores[: len(tokens)], np.float64)
@@ -37,7 +51,7 @@ def logits(model: Path, text: bytes, *, context: int = 256) -> np.ndarray:
 
 def greedy(model: Path, prompt: str, count: int) -> str:
     """Return ``count`` greedy tokens after ``prompt``."""
-    llama = llama_cpp.Llama(str(model), n_ctx=256, verbose=False)
+    llama = load(model, n_ctx=256)
     reply: Any = llama.create_completion(prompt, max_tokens=count, temperature=0.0)
     llama.close()
     return str(reply["choices"][0]["text"])

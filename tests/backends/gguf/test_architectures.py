@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ import transformers
 from qwodel import Quantizer
 from qwodel.backends.gguf.imatrix import read_imatrix
 from qwodel.gguf_header import read_gguf_header
+from tests.backends.gguf.conftest import load
 
 COMMON: dict[str, Any] = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -64,7 +64,7 @@ def test_other_shapes_convert_and_load(smollm2: Path, tmp_path: Path, kind: str)
         # 72 columns divide by nothing llama.cpp packs; such tensors stay in half precision.
         assert info["tensor_types"]["F16"] > 0
         assert {item["got"] for item in info["fallbacks"]} == {"F16"}
-    llama = llama_cpp.Llama(str(path), n_ctx=64, verbose=False, logits_all=True)
+    llama = load(path, n_ctx=64, logits_all=True)
     llama.eval(llama.tokenize(b"Hello there, world"))
     assert np.isfinite(llama.scores[:3]).all()
 

@@ -18,7 +18,7 @@ from qwodel import Quantizer, quantize
 from qwodel.backends.gguf.formats import FILE_TYPES
 from qwodel.backends.gguf.imatrix import read_imatrix
 from qwodel.gguf_header import read_gguf_header
-from tests.backends.gguf.conftest import greedy, logits, quantize_by_hand
+from tests.backends.gguf.conftest import greedy, load, logits, quantize_by_hand
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 
@@ -168,7 +168,7 @@ def test_the_matrix_is_the_sum_of_squared_activations(
     matrix = read_imatrix(tmp_path / report["file"])
     assert (matrix.chunk_count, matrix.chunk_size, matrix.datasets) == (2, 32, ("texts given in Python",))
 
-    llama = llama_cpp.Llama(str(stories_gguf), vocab_only=True, verbose=False)
+    llama = load(stories_gguf, vocab_only=True)
     tokens = llama.tokenize((text + "\n").encode())[:64]
     chunks = torch.tensor(tokens).reshape(2, 32)
     chunks[:, 0] = llama.token_bos()
