@@ -7,10 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qwodel.exceptions import QuantizationError, ResourceError
-from qwodel.hardware import is_out_of_memory
 
-__all__ = ["exhausted", "exhaustion"]
+__all__ = ["exhausted", "exhaustion", "is_out_of_memory"]
 
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+)
 _NO_THREAD = "can't start new thread"
 _ERRNOS = {errno.ENOMEM: "memory ran out", errno.EAGAIN: "the system starts no more processes or threads"}
 
@@ -47,3 +53,19 @@ def exhaustion(doing: str) -> Iterator[None]:
             hint="close other programs or raise the limits of this process (ulimit -a), "
             "or use a machine with more memory",
         ) from error
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception, or one it was raised from, says that memory ran out."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        text = str(error).casefold()
+        if (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or any(words in text for words in _NO_MEMORY)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -15,14 +15,17 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 __all__ = [
     "AWQ_RUN",
+    "COREML_RUN",
     "MODEL_BUILDING",
     "SEEDED_RUN",
     "TRACING",
     "Exclusive",
     "quiet_transformers",
+    "replaced",
     "shared",
     "without_bars",
     "without_warnings",
@@ -89,6 +92,9 @@ class Exclusive:
 AWQ_RUN = Exclusive("AWQ run")
 """llm-compressor has one session, and its bars, log and a few functions are replaced while it works."""
 
+COREML_RUN = Exclusive("Core ML conversion")
+"""coremltools keeps the current opset and pass options in globals; its bars and log are replaced meanwhile."""
+
 SEEDED_RUN = Exclusive("seeded run")
 """A pipeline draws from torch's own generators, which start from a seed and are put back afterwards."""
 
@@ -99,6 +105,17 @@ MODEL_BUILDING = Exclusive("building of a model")
 """transformers replaces ``tie_weights``, ``torch.linspace`` and functions of ``nn.init`` while it builds or
 loads a model. Ours are built one at a time; what it replaces does the same for whoever builds other models.
 """
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put ``value`` in the place of a module's or class's attribute. Only inside an :class:`Exclusive`."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 @shared

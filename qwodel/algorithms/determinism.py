@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from qwodel.exhaustion import exhaustion
+
 __all__ = ["compute_threads", "one_thread"]
 
 _lock = threading.Lock()
@@ -23,6 +25,9 @@ def compute_threads(count: int | None) -> Iterator[None]:
     """Let CPU operators that this thread calls run on ``count`` threads; ``None`` changes nothing.
 
     Other threads, those that start meanwhile too, keep the number they have.
+
+    Raises:
+        ResourceError: the system starts no more threads.
     """
     before = torch.get_num_threads()
     if count is None or count == before:
@@ -46,7 +51,7 @@ def _set_own(count: int) -> None:
     ``torch.set_num_threads`` sets both: OpenMP's and MKL's number, of which each thread has its own,
     and the process's. Only a fresh thread sees the latter, or can set it without another effect.
     """
-    with _lock, _Fresh():
+    with _lock, exhaustion("setting the number of threads"), _Fresh():
         torch.set_num_threads(count)
 
 

@@ -76,17 +76,27 @@ def empty_transformers_model(cls: Any, config: Any, dtype: torch.dtype) -> Any:
         config: its configuration, whose dtype is set.
         dtype: of parameters and of buffers that name none.
     """
-    with MODEL_BUILDING, parameters_on_meta():
+    from transformers import PreTrainedConfig
+
+    with MODEL_BUILDING, parameters_on_meta(), _Creating(dtype):
         if _asks_for_default(cls):
             # No mode answers torch.get_default_dtype(); these few architectures get the real one.
             return cls._from_config(config, dtype=dtype)
-        with _Creating(dtype):
-            # Without a dtype, transformers leaves torch's default alone.
-            model = cls._from_config(config, dtype=None)
-    for each in (config, *(getattr(config, name) for name in config.sub_configs)):
-        if each is not None:
-            each.dtype = dtype
+        # Without a dtype, transformers leaves torch's default alone.
+        _set_dtype(config, None)
+        model = cls._from_config(config, dtype=None)
+    for module in model.modules():
+        if isinstance(found := getattr(module, "config", None), PreTrainedConfig) and found.dtype is None:
+            _set_dtype(found, dtype)  # some architectures hand copies to their parts
+    _set_dtype(config, dtype)
     return model
+
+
+def _set_dtype(config: Any, dtype: torch.dtype | None) -> None:
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            _set_dtype(inner, dtype)
 
 
 def tie_weights(model: Any) -> None:
@@ -169,7 +179,7 @@ class _Creating(TorchFunctionMode):
         return value.to(self._dtype) if isinstance(value, torch.Tensor) else value
 
 
-_FROM_NUMBERS = frozenset({"tensor", "as_tensor", "scalar_tensor", "full", "arange", "range"})
+_FROM_NUMBERS = frozenset({"tensor", "as_tensor", "scalar_tensor", "full", "arange", "range", "normal"})
 
 
 def _flat(values: Sequence[Any]) -> Iterator[Any]:
