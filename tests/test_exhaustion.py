@@ -33,7 +33,8 @@ def test_want_of_resources_is_a_resource_error_with_its_cause(error: Exception, 
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("shapes differ"), OSError(errno.ENOENT, "gone"), ValidationError("bad"), KeyError()]
+    "error",
+    [RuntimeError("shapes differ"), OSError(errno.ENOENT, "gone"), ValidationError("bad"), KeyError()],
 )
 def test_other_errors_pass_as_they_are(error: Exception) -> None:
     assert exhausted(error) is None

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -180,7 +180,8 @@ class ProcessExecutor:
             if not finished:
                 for process in set(multiprocessing.active_children()) - before:
                     process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
+            with suppress(RuntimeError):  # it cannot join a thread of its own that never started
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _results(pool: ProcessPoolExecutor, tasks: Iterator[TaskT], ahead: int) -> Iterator[Any]:
