@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.backends.weight_file_options import WeightFileOptions
-from qwodel.backends.weight_file_rounding import calibration_options, data_aware, rounding_of
+from qwodel.backends.weight_file_rounding import data_aware, rounding_of
+from qwodel.calibration.options import renamed
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.decisions import Action
@@ -42,6 +43,12 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
     stages: ClassVar[Mapping[str, float]] = {"resolve": 1, "quantize": 60, "verify": 30, "publish": 2}
     options_type = WeightFileOptions
+
+    @classmethod
+    def parse_options(
+        cls, given: Mapping[str, Any], base: WeightFileOptions | None = None
+    ) -> WeightFileOptions:
+        return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> str:
         suffix = ".safetensors" if _layout(source, spec, options).single_file else ""
@@ -93,9 +100,9 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
         folder = job.output.scratch / "codes"
         folder.mkdir()
         require_space(folder, plan.weight_bytes, "keeping codes while the model is run")
-        return find_codes(
-            plan, folder, calibration_options(job.options), data_aware(job.options), job.progress
-        )
+        text = job.options.calibration(token=job.options.token, device=job.options.device)
+        assert text is not None
+        return find_codes(plan, folder, text, data_aware(job.options), job.progress)
 
     def _tell(self, reports: Mapping[str, RoundingReport]) -> None:
         """Say what the data has won, and where it was not used."""

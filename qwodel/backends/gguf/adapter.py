@@ -25,6 +25,7 @@ from qwodel.backends.gguf.verify import (
     check_tokenizer,
     measure,
 )
+from qwodel.calibration.options import renamed
 from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityError, ValidationError
 from qwodel.gguf_header import GGML_TYPES, GGUFHeader, read_gguf_header
 from qwodel.output import require_space
@@ -51,6 +52,10 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
         return format_specs()
+
+    @classmethod
+    def parse_options(cls, given: Mapping[str, Any], base: GGUFOptions | None = None) -> GGUFOptions:
+        return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> str:
         return f"{_model_name(source)}-{spec.name}.gguf"
