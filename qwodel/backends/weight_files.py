@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -141,9 +140,7 @@ def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) 
             **{each.name: each.reason for each in plan.tensors if not each.outputs},
             **plan.dropped,
         },
-        "sqnr_db": {
-            layer.name: round(layer.sqnr_db, 2) if math.isfinite(layer.sqnr_db) else None for layer in quality
-        },
+        "sqnr_db": {layer.name: layer.reported_db for layer in quality},
         "worst_layers": [layer.name for layer in worst[:_WORST_LAYERS]],
         "quality": [layer.as_dict() for layer in quality],
         "warnings": list(plan.warnings),

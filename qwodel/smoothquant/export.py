@@ -241,7 +241,7 @@ def report_of(exported: Exported) -> dict[str, Any]:
     return {
         "tensors": plan.counts(),
         "kept": {each.name: each.reason for each in plan.tensors if each.action is not Action.QUANTIZE},
-        "sqnr_db": {each.name: round(each.sqnr_db, 2) for each in exported.quality},
+        "sqnr_db": {each.name: each.reported_db for each in exported.quality},
         "quality": [each.as_dict() for each in exported.quality],
         "smoothing": {
             "change": smoothed.change,
