@@ -51,9 +51,9 @@ def memory_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if exhausted(error):
+        if what := exhausted(error):
             raise ResourceError(
-                f"memory ran out while {doing}",
+                f"{what} while {doing}",
                 hint="use a machine with more memory, or a smaller seq_length and input_shape",
             ) from error
         raise

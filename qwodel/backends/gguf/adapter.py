@@ -7,6 +7,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,8 +100,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         source, options = job.source, job.options
         outtype = steps.intermediate_type(source)
         _require_space(job, outtype)
-        # Verification's imports, while this process only waits for the converter.
-        threading.Thread(target=lambda: [import_module(name) for name in _VERIFIERS], daemon=True).start()
+        _import_ahead()
         is_gguf = source.input_format == "gguf"
         kept = _kept_intermediate(job, outtype)
         origin = list(source.weight_files) if is_gguf else [steps.convert(job, outtype)]
@@ -169,6 +169,18 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
                 value,
                 name,
             )
+
+
+def _import_ahead() -> None:
+    """Do verification's imports while this process only waits for the converter."""
+
+    def work() -> None:
+        with suppress(ImportError):  # said where they are used
+            for name in _VERIFIERS:
+                import_module(name)
+
+    with suppress(RuntimeError):  # no thread to be had: later then
+        threading.Thread(target=work, name="qwodel-imports", daemon=True).start()
 
 
 def _model_name(source: ModelSource) -> str:
