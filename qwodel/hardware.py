@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from qwodel.exceptions import ResourceError
+from qwodel.exhaustion import is_out_of_memory
 
 __all__ = [
     "GPU",
@@ -247,23 +248,6 @@ def with_backoff(
         _log.warning("out of memory with %s; trying %s", sizes, following)
         steps.append(BackoffStep(sizes, following, reason))
         sizes = following
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception, or one it was raised from, says that memory ran out."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        text = str(error).casefold()
-        if (
-            isinstance(error, MemoryError)
-            or type(error).__name__ == "OutOfMemoryError"
-            or "out of memory" in text
-            or "can't allocate memory" in text
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _smaller(sizes: CalibrationSizes) -> Iterator[CalibrationSizes]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from qwodel.exceptions import ValidationError
 
-__all__ = ["GramAccumulator", "InputStatistics", "bf16_products"]
+__all__ = ["GramAccumulator", "InputStatistics"]
 
 
 _STRIPS = 6
@@ -39,25 +36,6 @@ class InputStatistics:
     channel_max: torch.Tensor
     count: int
     drift: torch.Tensor | None = None
-
-
-@contextmanager
-def bf16_products() -> Iterator[None]:
-    """Multiply fp32 matrices on the CPU as bf16 ones with fp32 sums, where the CPU does that in hardware.
-
-    Of numbers that came from bf16 nothing is lost, and it takes half the time.
-    """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001  (there is no public question)
-        yield
-        return
-    setting: Any = torch.backends.mkldnn
-    setting = setting.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 class GramAccumulator:
@@ -105,11 +83,9 @@ class GramAccumulator:
         self._sum += rows.sum(dim=0).cpu()
         torch.maximum(self._max, peak, out=self._max)
         if self._gram is not None:
-            exact = inputs.dtype == torch.bfloat16 and rows.device.type == "cpu"
-            with bf16_products() if exact else nullcontext():
-                self._add_products(self._gram, rows)
-                if source is not None:
-                    self._add_drift(rows, source.detach().reshape(rows.shape).float())
+            self._add_products(self._gram, rows)
+            if source is not None:
+                self._add_drift(rows, source.detach().reshape(rows.shape).float())
 
     def _add_products(self, gram: torch.Tensor, rows: torch.Tensor) -> None:
         """Sum XᵀX's upper triangle, strip by strip: :meth:`result` mirrors it."""

@@ -12,6 +12,7 @@ __all__ = ["low_rank"]
 _EXACT_UP_TO = 1536
 """Least dimension up to which an eigenproblem is solved; beyond it a randomized SVD is much faster."""
 _OVERSAMPLING = 16
+_POWER_ITERATIONS = 4
 _DAMPING = 1e-3
 
 
@@ -66,9 +67,7 @@ def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     """The leading singular vectors; ``down`` has orthonormal rows, or ``up`` columns."""
     rows, columns = matrix.shape
     if min(rows, columns) > _EXACT_UP_TO and rank + _OVERSAMPLING < min(rows, columns) // 4:
-        with torch.random.fork_rng(devices=[matrix.device] if matrix.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            left, values, right = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLING, niter=4)
+        left, values, right = _randomized(matrix, rank + _OVERSAMPLING)
         return left[:, :rank] * values[:rank], right[:, :rank].T
     # Eigenvectors of the smaller product are enough, and many times faster than an SVD.
     if rows >= columns:
@@ -76,3 +75,20 @@ def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
         return matrix @ down.T, down
     up = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
     return up, up.T @ matrix
+
+
+def _randomized(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``torch.svd_lowrank`` with a generator of its own: that one draws from the process's.
+
+    Halko, Martinsson and Tropp, https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1.
+    """
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mH
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    start = torch.randn(tall.shape[1], rank, dtype=matrix.dtype, device=matrix.device, generator=generator)
+    basis = torch.linalg.qr(tall @ start).Q
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(tall.mH @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    inner, values, right = torch.linalg.svd(basis.mH @ tall, full_matrices=False)
+    left, right = basis @ inner, right.mH
+    return (left, values, right) if tall is matrix else (right, values, left)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from qwodel.backends.base import BackendOptions, BaseQuantizer, FormatSpec, Job
+from qwodel.calibration.options import Dataset
 from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
 from qwodel.output import require_space, size_of
 from qwodel.source import ModelSource
@@ -50,7 +51,7 @@ class SegQuantOptions(BackendOptions):
     calibration_set: str | None = Field(
         None, description="Directory of a calibration set, made by qwodel.segquant.generate_calibrate_set."
     )
-    calibration_inputs: Any = Field(
+    calibration_inputs: Dataset | None = Field(
         None,
         description="Instead of a set, what to run the pipeline on: a .txt file with a prompt a line, a .jsonl file "
         "with a call's keyword arguments a line, or in Python a list of either.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from qwodel.backends.base import BackendOptions, BaseQuantizer, FormatSpec, Job
+from qwodel.calibration.options import CalibrationBatches, renamed
 from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
 from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.output import require_space
@@ -37,10 +38,9 @@ _FORMATS = (
         aliases=("static",),
     ),
 )
-_DATA = ("num_samples", "seq_length", "batch_size", "calibration_split", "text_column", "seed")
 
 
-class SmoothQuantOptions(BackendOptions):
+class SmoothQuantOptions(CalibrationBatches, BackendOptions):
     """What a SmoothQuant run can be told."""
 
     alpha: float | Literal["search"] = Field(
@@ -62,21 +62,6 @@ class SmoothQuantOptions(BackendOptions):
     act_scales: str | None = Field(
         None, description="Activation scales made before (.pt or .safetensors), where alpha is a number."
     )
-    calibration_dataset: Any = Field(
-        None,
-        description="Text to run the model on: a .txt, .json, .jsonl or .parquet file, a folder, a hub dataset "
-        "(repo or repo:subset), or in Python any iterable of texts.",
-    )
-    num_samples: int | None = Field(
-        None,
-        ge=1,
-        description="Calibration: sequences; by default two tokens an input channel, at least 16384.",
-    )
-    seq_length: int | None = Field(None, ge=1, description="Calibration: tokens a sequence; 512.")
-    batch_size: int | None = Field(None, ge=1, description="Calibration: sequences run together; 4.")
-    calibration_split: str | None = Field(None, description="Calibration: split of a hub dataset; train.")
-    text_column: str | None = Field(None, description="Calibration: the text column; found by its name.")
-    seed: int | None = Field(None, description="Calibration: seed of the choice of sequences.")
     max_shard_size: int = Field(DEFAULT_SHARD_SIZE, gt=0, description="Bytes a shard.")
 
 
@@ -100,6 +85,12 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
     def formats(cls) -> Mapping[str, FormatSpec]:
         return MappingProxyType({spec.name: spec for spec in _FORMATS})
 
+    @classmethod
+    def parse_options(
+        cls, given: Mapping[str, Any], base: SmoothQuantOptions | None = None
+    ) -> SmoothQuantOptions:
+        return super().parse_options(renamed(given), base)
+
     def output_name(self, source: ModelSource, spec: FormatSpec, options: SmoothQuantOptions) -> str:
         return f"{source.name}-{spec.name}{'-rotated' if options.rotations == 'all' else ''}"
 
@@ -115,9 +106,7 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
         for option, value in (("alpha", options.alpha), ("inner_alpha", options.inner_alpha)):
             if isinstance(value, float) and not 0 <= value <= 1:
                 raise ConfigurationError(f"{option} lies in [0, 1], not {value}")
-        given = [name for name in _DATA if getattr(options, name) is not None]
-        if options.calibration_dataset is None and given:
-            raise ConfigurationError(f"{', '.join(given)} belong to calibration_dataset, which is not given")
+        options.refuse_settings_without_text()
         if (
             options.rotations == "folded"
             and "rotations" in options.model_fields_set
@@ -152,24 +141,15 @@ def _searches(options: SmoothQuantOptions) -> bool:
 
 
 def _export_options(spec: FormatSpec, options: SmoothQuantOptions) -> ExportOptions:
-    from qwodel.modeling.calibration_batches import CalibrationOptions
     from qwodel.smoothquant.export_options import ExportOptions
 
-    calibration = None
-    if options.calibration_dataset is not None:
-        names = {"num_samples", "seq_length", "batch_size", "token", "seed"}
-        given = {name: getattr(options, name) for name in names}
-        given |= {"split": options.calibration_split, "column": options.text_column}
-        calibration = CalibrationOptions(
-            options.calibration_dataset, **{name: value for name, value in given.items() if value is not None}
-        )
     return ExportOptions(
         activations="static" if spec.name == "w8a8_static" else "dynamic",
         alpha=options.alpha,
         inner_alpha=options.inner_alpha,
         rotations=options.rotations,
         gptq=options.optimizer == "gptq",
-        calibration=calibration,
+        calibration=options.calibration(token=options.token),
         act_scales=Path(options.act_scales) if options.act_scales else None,
         max_shard_size=options.max_shard_size,
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_serializer, field_validator
+from pydantic import Field
 
 from qwodel.backends.base import BackendOptions
-from qwodel.calibration import describe_dataset
+from qwodel.calibration.options import CalibrationBatches
 from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
 
 __all__ = ["WeightFileOptions"]
@@ -17,8 +16,14 @@ LayoutName = Literal["auto", "comfyui", "transformers"]
 Optimizer = Literal["auto", "none", "search", "gptq", "gptaq", "quip", "original", "adamw", "radam", "ppsf"]
 
 
-class WeightFileOptions(BackendOptions):
+class WeightFileOptions(CalibrationBatches, BackendOptions):
     """What an FP8 or INT8 run can be told."""
+
+    settings: ClassVar[tuple[str, ...]] = tuple(
+        name
+        for name in CalibrationBatches.settings
+        if name != "seed"  # learned rounding has one too
+    )
 
     layout: LayoutName = Field(
         "auto", description="comfyui: one file; transformers: a model directory; auto goes by what was given."
@@ -29,23 +34,9 @@ class WeightFileOptions(BackendOptions):
         "make each column's error good in later ones, gptaq earlier layers' errors too, original, adamw, radam and ppsf learn the rounding; "
         "auto is gptq with calibration data, else none or search by format.",
     )
-    calibration_dataset: Any = Field(
-        None,
-        description="Text to run the model on: a .txt, .json, .jsonl or .parquet file, a folder, a hub dataset "
-        "(repo or repo:subset), or in Python any iterable of texts.",
-    )
     calibration_data_path: str | None = Field(
         None, description="Statistics collected before, by qwodel calibrate or collect_statistics."
     )
-    num_samples: int | None = Field(
-        None,
-        ge=1,
-        description="Calibration: sequences; by default two tokens an input channel, at least 16384.",
-    )
-    seq_length: int | None = Field(None, ge=1, description="Calibration: tokens a sequence; 512.")
-    batch_size: int | None = Field(None, ge=1, description="Calibration: sequences run together; 4.")
-    calibration_split: str | None = Field(None, description="Calibration: split of a hub dataset; train.")
-    text_column: str | None = Field(None, description="Calibration: the text column; found by its name.")
     damping: float | None = Field(
         None,
         gt=0,
@@ -110,16 +101,3 @@ class WeightFileOptions(BackendOptions):
         "cpu",
         description="Where codes are computed: cpu, cuda, cuda:N, or auto for CUDA where there is one.",
     )
-
-    @field_validator("calibration_dataset", mode="before")
-    @classmethod
-    def _kept(cls, value: Any) -> Any:
-        """An iterator serves once, options any number of times."""
-        if value is None or isinstance(value, str):
-            return value
-        return os.fspath(value) if isinstance(value, os.PathLike) else list(value)
-
-    @field_serializer("calibration_dataset")
-    def _named(self, value: Any) -> str | None:
-        """A manifest names the text; it does not repeat it."""
-        return None if value is None else describe_dataset(value)

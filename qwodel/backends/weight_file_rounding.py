@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwodel.algorithms.converter_options import rounding_options
 from qwodel.algorithms.data_aware import DataAware
@@ -14,17 +14,13 @@ from qwodel.checkpoint.rounding import FromStatistics, FromStore, Learned, Neare
 from qwodel.checkpoint.statistics import StatisticsFile
 from qwodel.exceptions import ConfigurationError
 
-if TYPE_CHECKING:
-    from qwodel.modeling.calibration_batches import CalibrationOptions
-
-__all__ = ["calibration_options", "data_aware", "rounding_of"]
+__all__ = ["data_aware", "rounding_of"]
 
 log = logging.getLogger(__name__)
 
 _LEARNED = ("num_iter", "lr", "lr_schedule", "top_p", "min_k", "max_k", "full_matrix", "seed")
 _BY_COLUMN = ("gptq", "gptaq", "quip")
 _COLUMNWISE = ("damping", "act_order")
-_DATA = ("num_samples", "seq_length", "batch_size", "calibration_split", "text_column")
 
 
 def rounding_of(options: WeightFileOptions) -> Rounding | None:
@@ -81,8 +77,7 @@ def _check_settings(options: WeightFileOptions, method: str, data: bool) -> None
             f"{', '.join(columnwise)} belong to gptq, gptaq and quip, not to optimizer={method!r}",
             hint="pass optimizer='gptq'",
         )
-    if options.calibration_dataset is None and (given := _given(options, _DATA)):
-        raise ConfigurationError(f"{', '.join(given)} belong to calibration_dataset, which is not given")
+    options.refuse_settings_without_text()
 
 
 def _given(options: WeightFileOptions, names: tuple[str, ...]) -> dict[str, Any]:
@@ -96,14 +91,3 @@ def data_aware(options: WeightFileOptions) -> DataAware:
     if method == "gptq" or method == "gptaq" or method == "quip":
         return DataAware(method, columnwise)
     return DataAware("learned", learned=rounding_options(method, _given(options, _LEARNED)))
-
-
-def calibration_options(options: WeightFileOptions) -> CalibrationOptions:
-    """The text to run the model on."""
-    from qwodel.modeling.calibration_batches import CalibrationOptions
-
-    names = {"num_samples", "seq_length", "batch_size", "token", "seed"}
-    given = _given(options, tuple(names))
-    renamed = {"split": options.calibration_split, "column": options.text_column}
-    given |= {name: value for name, value in renamed.items() if value is not None}
-    return CalibrationOptions(options.calibration_dataset, device=options.device, **given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, ClassVar
 from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.backends.weight_file_options import WeightFileOptions
-from qwodel.backends.weight_file_rounding import calibration_options, data_aware, rounding_of
+from qwodel.backends.weight_file_rounding import data_aware, rounding_of
+from qwodel.calibration.options import renamed
 from qwodel.checkpoint.comfyui import ComfyUILayout
 from qwodel.checkpoint.convert import convert
 from qwodel.checkpoint.decisions import Action
@@ -42,6 +42,12 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
     stages: ClassVar[Mapping[str, float]] = {"resolve": 1, "quantize": 60, "verify": 30, "publish": 2}
     options_type = WeightFileOptions
+
+    @classmethod
+    def parse_options(
+        cls, given: Mapping[str, Any], base: WeightFileOptions | None = None
+    ) -> WeightFileOptions:
+        return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> str:
         suffix = ".safetensors" if _layout(source, spec, options).single_file else ""
@@ -93,9 +99,9 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
         folder = job.output.scratch / "codes"
         folder.mkdir()
         require_space(folder, plan.weight_bytes, "keeping codes while the model is run")
-        return find_codes(
-            plan, folder, calibration_options(job.options), data_aware(job.options), job.progress
-        )
+        text = job.options.calibration(token=job.options.token, device=job.options.device)
+        assert text is not None
+        return find_codes(plan, folder, text, data_aware(job.options), job.progress)
 
     def _tell(self, reports: Mapping[str, RoundingReport]) -> None:
         """Say what the data has won, and where it was not used."""
@@ -134,9 +140,7 @@ def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) 
             **{each.name: each.reason for each in plan.tensors if not each.outputs},
             **plan.dropped,
         },
-        "sqnr_db": {
-            layer.name: round(layer.sqnr_db, 2) if math.isfinite(layer.sqnr_db) else None for layer in quality
-        },
+        "sqnr_db": {layer.name: layer.reported_db for layer in quality},
         "worst_layers": [layer.name for layer in worst[:_WORST_LAYERS]],
         "quality": [layer.as_dict() for layer in quality],
         "warnings": list(plan.warnings),

@@ -59,8 +59,10 @@ class ByteQueue(Generic[ItemT]):
             self._items.clear()
             self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> None:
-        """Let the other side raise ``error``."""
+    def end(self, error: BaseException | None) -> None:
+        """Say that the thread at one side has ended; the other side raises ``error``, if it was one."""
+        if error is None or isinstance(error, Stopped):
+            return
         with self._changed:
             self._error = error
             self._changed.notify_all()

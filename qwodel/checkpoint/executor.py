@@ -10,15 +10,17 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from qwodel.algorithms.determinism import compute_threads
+from qwodel.checkpoint.crew import Crew
 from qwodel.exceptions import ConfigurationError, ConversionError
+from qwodel.exhaustion import exhaustion
 
 __all__ = ["Executor", "ProcessExecutor", "SerialExecutor", "ThreadExecutor", "Worker"]
 
@@ -76,44 +78,49 @@ class ThreadExecutor:
     def run(
         self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
     ) -> Generator[ResultT, None, None]:
-        """See :class:`Executor`."""
-        stopped = threading.Event()
+        """See :class:`Executor`.
+
+        Raises:
+            ResourceError: memory ran out, or the system starts no more threads.
+        """
         waiting = iter(list(tasks))
-        done: queue.SimpleQueue[Callable[[], ResultT] | None] = queue.SimpleQueue()
-        lock = threading.Lock()
+        done: queue.SimpleQueue[ResultT | _Ended] = queue.SimpleQueue()
+        lock, stopped = threading.Lock(), threading.Event()
 
         def work() -> None:
-            torch.set_num_threads(1)
-            _keep_freed_memory()
-            try:
-                with factory() as worker:
-                    while not stopped.is_set():
-                        with lock:
-                            tasks_left = list(islice(waiting, 1))
-                        if not tasks_left:
-                            break
-                        done.put(partial(_same, worker(tasks_left[0])))
-                done.put(None)
-            except BaseException as error:
-                done.put(partial(_throw, error))
+            with exhaustion("working on tensors"), compute_threads(1), factory() as worker:
+                _keep_freed_memory()
+                while not stopped.is_set():
+                    with lock:
+                        tasks_left = list(islice(waiting, 1))
+                    if not tasks_left:
+                        break
+                    done.put(worker(tasks_left[0]))
 
-        before = torch.get_num_threads()
-        threads = [threading.Thread(target=work, name="qwodel-work") for _ in range(self.threads)]
-        for thread in threads:
-            thread.start()
-        running = len(threads)
+        crew = Crew()
         try:
+            with exhaustion("starting threads"):
+                for _ in range(self.threads):
+                    crew.start("qwodel-work", work, lambda error: done.put(_Ended(error)))
+            running = self.threads
             while running:
                 outcome = done.get()
-                if outcome is None:
-                    running -= 1
+                if not isinstance(outcome, _Ended):
+                    yield outcome
+                elif outcome.error is not None:
+                    raise outcome.error
                 else:
-                    yield outcome()
+                    running -= 1
         finally:
             stopped.set()
-            for thread in threads:
-                thread.join()
-            torch.set_num_threads(before)
+            crew.join()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A thread has ended, of an error or for want of tasks."""
+
+    error: BaseException | None
 
 
 def _keep_freed_memory() -> None:
@@ -122,14 +129,6 @@ def _keep_freed_memory() -> None:
     It keeps twice the size of the largest block that was freed; this one's pages are never touched.
     """
     torch.empty(_KEPT_BYTES, dtype=torch.uint8)
-
-
-def _same(result: ResultT) -> ResultT:
-    return result
-
-
-def _throw(error: BaseException) -> NoReturn:
-    raise error
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +154,7 @@ class ProcessExecutor:
 
         Raises:
             ConversionError: a worker process died.
+            ResourceError: the system starts no more processes.
         """
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         before = set(multiprocessing.active_children())
@@ -167,7 +167,8 @@ class ProcessExecutor:
         )
         finished = False
         try:
-            yield from _results(pool, iter(tasks), ahead=2 * self.workers)
+            with exhaustion("working in several processes"):
+                yield from _results(pool, iter(tasks), ahead=2 * self.workers)
             finished = True
         except BrokenProcessPool as error:
             raise ConversionError(
@@ -179,7 +180,8 @@ class ProcessExecutor:
             if not finished:
                 for process in set(multiprocessing.active_children()) - before:
                     process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
+            with suppress(RuntimeError):  # it cannot join a thread of its own that never started
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _results(pool: ProcessPoolExecutor, tasks: Iterator[TaskT], ahead: int) -> Iterator[Any]:

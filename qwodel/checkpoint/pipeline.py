@@ -9,7 +9,6 @@ bytes are the same; on a device rounding to nearest gives them too.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,10 +16,13 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from qwodel.checkpoint.byte_queue import ByteQueue, Stopped
+from qwodel.algorithms.determinism import compute_threads
+from qwodel.checkpoint.byte_queue import ByteQueue
+from qwodel.checkpoint.crew import Crew
 from qwodel.checkpoint.executor import Worker
 from qwodel.checkpoint.streaming import StreamingOptions, device_memory
 from qwodel.exceptions import ConversionError, ResourceError
+from qwodel.exhaustion import exhaustion
 
 __all__ = ["PipelineExecutor", "StagedWorker"]
 
@@ -86,14 +88,9 @@ class PipelineExecutor:
         """
         with factory() as worker:
             assert isinstance(worker, StagedWorker)
-            # Threads share BLAS, whose sums depend on how many it uses.
-            before = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                with closing(_Run(self, worker, list(tasks)).results()) as results:
-                    yield from results
-            finally:
-                torch.set_num_threads(before)
+            # Sums depend on how many threads share a product.
+            with compute_threads(1), closing(_Run(self, worker, list(tasks)).results()) as results:
+                yield from results
 
 
 class _Run:
@@ -107,45 +104,34 @@ class _Run:
         self.writes: ByteQueue[_Sized] = ByteQueue(QUEUE_BYTES)
 
     def results(self) -> Generator[Any, None, None]:
-        threads = [
-            threading.Thread(target=self._stage, args=(self._read, self.pieces), name="qwodel-read"),
-            threading.Thread(target=self._stage, args=(self._write, self.writes), name="qwodel-write"),
-        ]
-        for thread in threads:
-            thread.start()
+        crew = Crew()
         try:
+            with exhaustion("starting threads"):
+                crew.start("qwodel-read", self._read, self.pieces.end)
+                crew.start("qwodel-write", self._write, self.writes.end)
             for task in self.tasks:
                 yield self._compute(task)
             self.writes.finish()
-            threads[1].join()
+            crew.join()
             self.writes.check()
         finally:
             self.pieces.stop()
             self.writes.stop()
-            for thread in threads:
-                thread.join()
-
-    def _stage(self, work: Callable[[], None], queue: ByteQueue[Any]) -> None:
-        """A thread's body: what fails in it is raised by whoever uses its queue."""
-        torch.set_num_threads(1)
-        try:
-            work()
-        except Stopped:
-            pass
-        except BaseException as error:
-            queue.fail(error)
+            crew.join()
 
     def _read(self) -> None:
-        for task in self.tasks:
-            for piece in self.worker.read(task):
-                # A copy from pinned memory does not hold the computing thread up.
-                ready = piece.pin_memory() if self.device.type == "cuda" else piece
-                self.pieces.put(ready, ready.nbytes)
-            self.pieces.put(None, 0)
+        with exhaustion("reading tensors"), compute_threads(1):
+            for task in self.tasks:
+                for piece in self.worker.read(task):
+                    # A copy from pinned memory does not hold the computing thread up.
+                    ready = piece.pin_memory() if self.device.type == "cuda" else piece
+                    self.pieces.put(ready, ready.nbytes)
+                self.pieces.put(None, 0)
 
     def _write(self) -> None:
-        while (item := self.writes.get()) is not None:
-            self.worker.write(item)
+        with exhaustion("writing tensors"), compute_threads(1):
+            while (item := self.writes.get()) is not None:
+                self.worker.write(item)
 
     def _compute(self, task: Any) -> Any:
         device = self._place(task)

@@ -7,12 +7,12 @@ needs the whole weight gets it as one piece.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from qwodel.algorithms.data_aware import RoundingReport
+from qwodel.algorithms.determinism import one_thread
 from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.quant_types import TENSOR
 from qwodel.algorithms.scales import absmax_scale, nearest_codes
@@ -26,7 +26,7 @@ from qwodel.checkpoint.slabs import row_slabs
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConversionError, ValidationError
 
-__all__ = ["Measured", "Write", "compute_tensor", "in_slabs", "plan_slabs", "threads"]
+__all__ = ["Measured", "Write", "compute_tensor", "in_slabs", "plan_slabs"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +94,7 @@ def compute_tensor(
         yield from _nearest(plan, plan.format, _rotated(plan, _on(device, pieces)))
     elif plan.action is Action.QUANTIZE and plan.format and plan.rounding:
         # Sums in these methods depend on the number of threads, and results must not.
-        with threads(1):
+        with one_thread():
             return (yield from _round(plan, plan.format, _rotated(plan, _on(device, pieces))))
     else:
         raise ConversionError(f"nothing says how to {plan.action} it")
@@ -205,17 +205,3 @@ def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> 
 def _by_role(outputs: Sequence[OutputTensor]) -> tuple[OutputTensor, OutputTensor]:
     found = {tensor.role: tensor for tensor in outputs}
     return found[Role.CODES], found[Role.SCALE]
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Compute with ``count`` threads; ``None`` changes nothing."""
-    before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,14 +16,16 @@ from typing import Self
 
 import torch
 
+from qwodel.algorithms.determinism import compute_threads
 from qwodel.checkpoint.decisions import Action
 from qwodel.checkpoint.plan import TensorPlan
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.rounding import FromStatistics
 from qwodel.checkpoint.slabs import CACHED_ELEMENTS, SLAB_ELEMENTS
-from qwodel.checkpoint.tensor_compute import Measured, Write, compute_tensor, in_slabs, plan_slabs, threads
+from qwodel.checkpoint.tensor_compute import Measured, Write, compute_tensor, in_slabs, plan_slabs
 from qwodel.checkpoint.writer import FilePlan, PlannedWriter
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
+from qwodel.exhaustion import exhausted
 
 __all__ = ["TensorResult", "TensorWorker", "WorkerFactory", "weight_rows"]
 
@@ -115,7 +117,7 @@ class TensorWorker:
                 yield from self._stored_bytes(plan.source.stored[0])
             else:
                 # A merge's sums depend on the number of threads, and results must not.
-                with threads(1 if plan.loras else None):
+                with compute_threads(1 if plan.loras else None):
                     for start, stop in plan_slabs(plan, elements):
                         yield weight_rows(self._reader, plan, start, stop)
 
@@ -159,6 +161,8 @@ def _naming(plan: TensorPlan) -> Iterator[None]:
             raise
         raise type(failure)(f"{plan.name}: {failure}", hint=failure.hint) from failure
     except (RuntimeError, MemoryError) as failure:
+        if what := exhausted(failure):
+            raise ResourceError(f"{plan.name}: {what}: {failure}") from failure
         raise ConversionError(f"{plan.name}: {type(failure).__name__}: {failure}") from failure
 
 

@@ -59,9 +59,14 @@ class LayerQuality:
     mse: float
     max_error: float
 
+    @property
+    def reported_db(self) -> float | None:
+        """The SQNR with two decimals; ``None`` where it is infinite, as of a weight of zeros: JSON has no such number."""
+        return round(self.sqnr_db, 2) if math.isfinite(self.sqnr_db) else None
+
     def as_dict(self) -> dict[str, Any]:
-        """Return it for a manifest; an infinite SQNR is ``None`` there."""
-        return {**asdict(self), "sqnr_db": round(self.sqnr_db, 2) if math.isfinite(self.sqnr_db) else None}
+        """Return it for a manifest."""
+        return {**asdict(self), "sqnr_db": self.reported_db}
 
 
 @dataclass(frozen=True, slots=True)

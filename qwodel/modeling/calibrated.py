@@ -22,6 +22,7 @@ from qwodel.checkpoint.statistics import write_statistics
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.tensor_work import weight_rows
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
+from qwodel.exhaustion import exhausted
 from qwodel.hardware import return_free_memory
 from qwodel.modeling.blockwise import quantize_blockwise, round_stored
 from qwodel.modeling.calibration_batches import CalibrationOptions, calibration_batches
@@ -198,7 +199,12 @@ def _explained(lazy: LazyModel, calibration: CalibrationOptions) -> Iterator[Non
             f"{calibration.device} has no room for a block and {calibration.batch_size} sequences",
             hint="pass a smaller batch_size or seq_length, or device='cpu'",
         ) from error
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except (MemoryError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        if what := exhausted(error):
+            raise ResourceError(
+                f"{what} while {type(lazy.model).__name__} ran block by block",
+                hint="pass a smaller batch_size or seq_length, or use a machine with more memory",
+            ) from error
         raise ConversionError(
             f"{type(lazy.model).__name__} does not run block by block: {error}",
             hint="run it yourself with qwodel.modeling.collect_statistics and pass the file",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwodel.calibration import DEFAULT_DATASET, CalibrationSpec, holds_token_ids, load_tokens
+from qwodel.calibration import holds_token_ids, load_tokens
+from qwodel.calibration.options import CalibrationOptions
 from qwodel.exceptions import DependencyError, ValidationError
 from qwodel.extras import install_hint
 
@@ -20,32 +20,6 @@ log = logging.getLogger(__name__)
 
 _LEAST_TOKENS = 16384
 _TOKENS_A_COLUMN = 2  # twice as many inputs as channels: fewer, and the Gram matrix is mostly noise
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationOptions:
-    """Which text a model is run on, and how.
-
-    Attributes:
-        dataset: a file, a folder, a hub dataset or an iterable.
-        num_samples: sequences; by default as many as hold 16,384 tokens, and two for each input
-            channel of the widest layer.
-        seq_length: tokens a sequence.
-        batch_size: sequences run together.
-        split, column, token: of a hub dataset: its split, text column and access token.
-        seed: of the choice of sequences.
-        device: where blocks are run.
-    """
-
-    dataset: CalibrationSpec = DEFAULT_DATASET
-    num_samples: int | None = None
-    seq_length: int = 512
-    batch_size: int = 4
-    split: str = "train"
-    column: str | None = None
-    token: str | None = field(default=None, repr=False)
-    seed: int = 0
-    device: str = "cpu"
 
 
 def load_tokenizer(folder: Path) -> Any:

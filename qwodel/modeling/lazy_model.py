@@ -13,6 +13,7 @@ from torch import nn
 
 from qwodel.exceptions import ConfigurationError, ConversionError, DependencyError, ValidationError
 from qwodel.extras import install_hint
+from qwodel.modeling.empty_models import empty_transformers_model
 
 __all__ = ["LazyModel", "WeightPart", "open_lazily"]
 
@@ -106,7 +107,7 @@ class LazyModel:
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 if parameter.device.type != "meta":
                     empty = torch.empty_like(parameter, device="meta")
-                    owner.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+                    _set_parameter(owner, name, empty)
 
     def _place(self, owner: nn.Module, name: str, old: torch.Tensor, value: torch.Tensor) -> None:
         if value.shape != old.shape:
@@ -116,7 +117,7 @@ class LazyModel:
             )
         value = value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
         if isinstance(old, nn.Parameter):
-            owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            _set_parameter(owner, name, value)
         else:
             owner.register_buffer(name, value)
 
@@ -147,6 +148,11 @@ class LazyModel:
         return result
 
 
+def _set_parameter(owner: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a parameter another value, past ``register_parameter``, which other libraries replace for all threads."""
+    owner._parameters[name] = nn.Parameter(value, requires_grad=False)  # noqa: SLF001
+
+
 def open_lazily(
     config: Mapping[str, Any],
     keys: Iterable[str],
@@ -163,13 +169,12 @@ def open_lazily(
         read: returns one of them.
 
     Raises:
-        DependencyError: transformers or accelerate is not installed.
+        DependencyError: transformers is not installed.
         ValidationError: the configuration names no architecture.
         ConfigurationError: transformers does not know the architecture.
     """
     try:
         import transformers
-        from accelerate import init_empty_weights
     except ImportError as error:
         raise DependencyError(
             f"running a model needs {error.name}", hint=install_hint("calibrate")
@@ -185,8 +190,7 @@ def open_lazily(
         )
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     settings = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
-    with init_empty_weights(include_buffers=False):
-        model = cls._from_config(settings, dtype=dtype)
+    model = empty_transformers_model(cls, settings, dtype)
     model.eval()
     return LazyModel(model, keys, read, dtype, torch.device(device))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwodel.modeling.empty_models import tie_weights
 from qwodel.modeling.lazy_model import LazyModel
 from qwodel.modeling.recorder import LayerId, layers_to_record
 from qwodel.modeling.stepwise import Arrival, run_in_step
@@ -74,7 +75,7 @@ class ModelBlocks:
         model = self.lazy.model
         embeddings = _LargeEmbeddings(self)
         _load_outside(self.lazy, model, "", frozenset((*self.units, *embeddings.modules)))
-        model.tie_weights()
+        tie_weights(model)
 
         def visit_alone(unit: nn.Module, arrivals: Sequence[Arrival]) -> Iterator[Any]:
             embeddings.unload()
@@ -114,7 +115,7 @@ class _LargeEmbeddings:
         for each in self.modules:
             self._lazy.load(each, self._names[each])
         # One may be tied to another and have no weight of its own.
-        self._lazy.model.tie_weights()
+        tie_weights(self._lazy.model)
 
     def unload(self) -> None:
         """Take them out of memory."""

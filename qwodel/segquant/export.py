@@ -15,6 +15,7 @@ from torch import nn
 
 from qwodel.checkpoint.dtypes import torch_dtype
 from qwodel.exceptions import CalibrationError, ConversionError, IntegrityError, ValidationError
+from qwodel.process_state import MODEL_BUILDING
 from qwodel.segquant.batches import Call, calls_of, run_call, tensors_of
 from qwodel.segquant.calibration_set import load_calibrate_set
 from qwodel.segquant.config import Configuration
@@ -64,7 +65,8 @@ class Denoiser:
         whole = source.input_format == "diffusers"
         loader = diffusers.DiffusionPipeline if whole else kind
         try:
-            found = loader.from_pretrained(source.path, dtype=dtype, local_files_only=True)
+            with MODEL_BUILDING:
+                found = loader.from_pretrained(source.path, dtype=dtype, local_files_only=True)
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ConversionError(f"diffusers cannot load {source.path}: {error}") from error
         if not whole:

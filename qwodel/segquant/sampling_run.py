@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from qwodel.process_state import SEEDED_RUN
+
 __all__ = ["call_arguments", "modules_of", "seeded", "to_cpu"]
 
 
@@ -35,14 +37,14 @@ def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def seeded(seed: int, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Start torch's generators from ``seed``, and put them back afterwards.
+    """Start torch's generators from ``seed``, and put them back afterwards; one run of the process at a time.
 
     Generators among ``kwargs`` start ``seed`` after their own first seed, so that a run does not
     depend on the runs before it.
     """
     generators = [leaf for leaf in pytree.tree_leaves(dict(kwargs)) if isinstance(leaf, torch.Generator)]
     states = [generator.get_state() for generator in generators]
-    with torch.random.fork_rng():
+    with SEEDED_RUN, torch.random.fork_rng():
         torch.manual_seed(seed)
         for generator in generators:
             generator.manual_seed(generator.initial_seed() + seed)

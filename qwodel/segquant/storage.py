@@ -13,6 +13,8 @@ from torch import nn
 
 from qwodel.exceptions import DependencyError, IntegrityError, ValidationError
 from qwodel.extras import install_hint
+from qwodel.modeling.empty_models import parameters_on_meta
+from qwodel.process_state import MODEL_BUILDING
 from qwodel.safetensors_files import checkpoint_files, read_header
 from qwodel.segquant.structure import FORMAT, QUANT_METHOD, built_layer, structure_of
 
@@ -145,10 +147,8 @@ def _empty(path: Path, config: Mapping[str, Any]) -> nn.Module:
             f"{path} is {'a ' + name if name else 'no model of diffusers'}, which cannot be built from its configuration",
             hint="pass model=, a model of the same architecture",
         )
-    from accelerate import init_empty_weights
-
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    with init_empty_weights(include_buffers=False):
+    with MODEL_BUILDING, parameters_on_meta():
         model: nn.Module = kind.from_config(plain)
     return model
 
@@ -164,7 +164,8 @@ def _load_pipeline(path: Path, device: str | torch.device) -> Any:
                 quantized[name] = load_quantized(path / name, device=device)
     if not quantized:
         raise ValidationError(f"{path} has no component quantized by segquant")
-    pipeline = _diffusers().DiffusionPipeline.from_pretrained(path, local_files_only=True, **quantized)
+    with MODEL_BUILDING:
+        pipeline = _diffusers().DiffusionPipeline.from_pretrained(path, local_files_only=True, **quantized)
     return pipeline.to(device)
 
 

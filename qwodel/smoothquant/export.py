@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from qwodel.modeling.calibration_batches import calibration_batches
 from qwodel.modeling.lazy_model import config_of
 from qwodel.modeling.recorder import is_fused_experts
 from qwodel.modules.int8_linear import Activations
+from qwodel.process_state import without_bars
 from qwodel.progress import Progress
 from qwodel.smoothquant.calibration import calibrate, load_activation_scales
 from qwodel.smoothquant.export_options import ExportOptions
@@ -90,22 +90,8 @@ def export_w8a8(
         IntegrityError: what was read back differs.
         Cancelled: the progress callback raised.
     """
-    with _without_bars():
+    with without_bars():
         return _export(source, target, scratch, options, progress)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers draws bars of its own, amid our progress."""
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _export(
@@ -255,7 +241,7 @@ def report_of(exported: Exported) -> dict[str, Any]:
     return {
         "tensors": plan.counts(),
         "kept": {each.name: each.reason for each in plan.tensors if each.action is not Action.QUANTIZE},
-        "sqnr_db": {each.name: round(each.sqnr_db, 2) for each in exported.quality},
+        "sqnr_db": {each.name: each.reported_db for each in exported.quality},
         "quality": [each.as_dict() for each in exported.quality],
         "smoothing": {
             "change": smoothed.change,

@@ -11,6 +11,7 @@ from torch import nn
 
 from qwodel.checkpoint.packed_int8 import unpack_int8
 from qwodel.exceptions import ConversionError, ValidationError
+from qwodel.modeling.empty_models import tie_weights
 from qwodel.modeling.lazy_model import LazyModel
 from qwodel.modeling.recorder import is_fused_experts
 from qwodel.modules.int8_experts import Int8Experts
@@ -178,7 +179,7 @@ def load_int8(lazy: LazyModel, read: TensorReader, described: Described) -> None
         count += 1
     if not count:
         raise ValidationError("the checkpoint holds no INT8 layers", hint="was it quantized to INT8 W8A8?")
-    model.tie_weights()
+    tie_weights(model)
     if missing := [name for name, each in model.named_parameters() if each.device.type == "meta"]:
         raise ConversionError(
             f"the checkpoint has no {missing[0]} (and {len(missing) - 1} more)",

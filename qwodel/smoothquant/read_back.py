@@ -18,6 +18,8 @@ from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.transformers_layout import TransformersLayout
 from qwodel.exceptions import IntegrityError
 from qwodel.modeling.calibrated import open_checkpoint
+from qwodel.modeling.empty_models import tie_weights
+from qwodel.process_state import MODEL_BUILDING
 from qwodel.smoothquant.input_rotation import rotate_inputs
 from qwodel.smoothquant.int8_model import Int8ForCausalLM
 from qwodel.smoothquant.scheme import Scheme
@@ -71,7 +73,7 @@ def simulate_saved(
         lazy = open_checkpoint(target, reader, dtype=torch.float32)
         lazy.load(lazy.model, "")
     model = lazy.model
-    model.tie_weights()
+    tie_weights(model)
     names = set(quantized_layers(plan))
     layers = {name: layer for name, layer in quantizable_layers(model).items() if name in names}
     experts = isinstance(plan.layout, TransformersLayout) and plan.layout.packed_experts
@@ -172,7 +174,10 @@ def _transformers(target: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True).eval()
+        with MODEL_BUILDING:
+            return AutoModelForCausalLM.from_pretrained(
+                target, dtype=torch.float32, local_files_only=True
+            ).eval()
     except Exception as error:
         # transformers and compressed-tensors raise what they like.
         raise IntegrityError(f"transformers cannot load what was written: {error}") from error

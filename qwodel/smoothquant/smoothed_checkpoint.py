@@ -12,6 +12,7 @@ from torch import nn
 
 from qwodel.checkpoint.model_directory import ModelDirectory
 from qwodel.exceptions import ConversionError, ValidationError
+from qwodel.process_state import MODEL_BUILDING
 from qwodel.smoothquant.int8_loading import checkpoint_dtype
 from qwodel.smoothquant.simulate import quantizable_layers
 from qwodel.smoothquant.stacked_experts import EXPERT_WEIGHTS, stacked_experts
@@ -34,7 +35,10 @@ def load_float(source: Path, config: Mapping[str, Any]) -> Any:
             hint="start from the original weights; a second quantization loses twice",
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
+        with MODEL_BUILDING:
+            return AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, local_files_only=True
+            ).eval()
     except MemoryError:
         raise
     except Exception as error:

@@ -136,8 +136,9 @@ def test_texts_from_python_are_used_and_not_repeated_in_the_manifest(stories15m,
         calibration_dataset=iter(documents), token="hf_secret", num_samples=4, seq_length=64,
     )  # fmt: skip
     assert {each["tokens"] for each in manifest["rounding"].values()} == {256}
-    assert manifest["recipe"]["calibration_dataset"] == "texts given in Python"
+    assert manifest["recipe"]["calibration_dataset"] == f"{len(documents)} items given in Python"
     assert "hf_secret" not in json.dumps(manifest)
+    assert documents[1][:40] not in json.dumps(manifest, ensure_ascii=False)
 
 
 def test_runs_repeat(stories15m, text, tmp_path):

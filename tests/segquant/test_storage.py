@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,35 @@ def test_a_diffusers_directory_needs_no_model(tmp_path: Path) -> None:
         assert torch.equal(loaded(**call)[0], model(**call)[0])
     with pytest.raises(ValueError, match="segquant"):
         diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_directories_open_in_threads_beside_layers_of_the_users_own(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
+        cross_attention_dim=32, caption_channels=24, use_additional_conditions=False,
+    ).eval()  # fmt: skip
+    quantize(
+        model,
+        [{"hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 5, 24),
+          "timestep": torch.tensor([3.0, 700.0]), "return_dict": False}],
+        {"default": {"opt": {"type": "default"}}},
+    )  # fmt: skip
+    save_quantized(model, tmp_path)
+    register, found, devices = nn.Module.register_parameter, [], set()
+    threads = [threading.Thread(target=lambda: found.append(load_quantized(tmp_path))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        devices.add(nn.Linear(4, 4).weight.device.type)
+    assert nn.Module.register_parameter is register
+    assert devices <= {"cpu"}
+    expected = model.state_dict()
+    assert len(found) == 4
+    for each in found:
+        state = each.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 def test_what_does_not_fit_is_refused(model: nn.Module, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from qwodel.backends.awq.loading import check_architecture, context_length
 from qwodel.backends.awq.options import AWQOptions
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.calibration import describe_dataset
+from qwodel.calibration.options import renamed
 from qwodel.exceptions import (
     CalibrationError,
     ConfigurationError,
@@ -62,11 +63,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any], base: AWQOptions | None = None) -> AWQOptions:
-        """Validate keyword arguments; ``seq_len`` is another name of ``seq_length``."""
-        renamed = {("seq_length" if name == "seq_len" else name): value for name, value in given.items()}
-        if len(renamed) < len(given):
-            raise ConfigurationError("seq_len and seq_length are the same option", hint="give one of them")
-        return super().parse_options(renamed, base)
+        return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: AWQOptions) -> str:
         return f"{source.name}-AWQ-{spec.name}"

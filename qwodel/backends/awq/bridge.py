@@ -6,11 +6,13 @@ import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+
+from qwodel.process_state import without_bars
 
 __all__ = ["CalibrationProgress", "bridged"]
 
@@ -26,6 +28,11 @@ _NO_NEWS = (  # warnings about what this backend chose or says itself
 _DISABLED = "LLM_COMPRESSOR_LOG_DISABLED"
 _BLOCK = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
 _TOOLCHAIN = ("llmcompressor", "compressed_tensors")
+_USED = (
+    "llmcompressor.entrypoints.oneshot",
+    "llmcompressor.modifiers.transform.awq",
+    "llmcompressor.pipelines.sequential.pipeline",
+)
 # Shares of a block's time: one pass to watch, the searches, one pass to go on.
 _WATCH, _SEARCH = 0.08, 0.86
 
@@ -119,7 +126,7 @@ def _bar_class(listener: CalibrationProgress | None) -> type[Any]:
 
 @contextmanager
 def bridged(listener: CalibrationProgress | None = None) -> Iterator[None]:
-    """Replace the toolchain's bars and log sinks while the block runs."""
+    """Replace the toolchain's bars and log sinks while the block runs; one :data:`AWQ_RUN` at a time."""
     _import_toolchain()
     import tqdm
     from llmcompressor.logger import LoggerConfig, configure_logger
@@ -138,8 +145,7 @@ def bridged(listener: CalibrationProgress | None = None) -> Iterator[None]:
                 replaced.append((module, shape))
                 module.tqdm = stand_in  # type: ignore[attr-defined]
     try:
-        with _quiet_libraries(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        with _quiet_libraries():
             yield
     finally:
         for module, shape in replaced:
@@ -150,12 +156,13 @@ def bridged(listener: CalibrationProgress | None = None) -> Iterator[None]:
 
 def _import_toolchain() -> None:
     """Import llm-compressor without the sink and the lines it writes to standard output meanwhile."""
+    if all(name in sys.modules for name in _USED):
+        return
     before = os.environ.get(_DISABLED)
     os.environ[_DISABLED] = "true"
     try:
-        import llmcompressor.entrypoints.oneshot
-        import llmcompressor.modifiers.transform.awq
-        import llmcompressor.pipelines.sequential.pipeline  # noqa: F401
+        for name in _USED:
+            import_module(name)
     finally:
         os.environ.pop(_DISABLED)
         if before is not None:
@@ -174,16 +181,11 @@ def _forward(message: Any) -> None:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
     tracer = logging.getLogger("torch.fx._symbolic_trace")  # warns of its own deprecations
     level = tracer.level
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     tracer.setLevel(logging.ERROR)
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         tracer.setLevel(level)
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -19,6 +19,7 @@ from qwodel.backends.awq.recipe import choose_group_size, choose_symmetry, make_
 from qwodel.backends.awq.upstream import own_weights, part_ways, without_accelerator
 from qwodel.exceptions import ConversionError, QuantizationError
 from qwodel.hardware import is_out_of_memory
+from qwodel.process_state import MODEL_BUILDING, without_warnings
 
 __all__ = ["PROBE_TOKENS", "Compression", "Outcome", "compress"]
 
@@ -61,7 +62,7 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
         ConfigurationError: the group size divides nothing.
         ConversionError: llm-compressor failed; its own words are in the message.
     """
-    with bridged():
+    with bridged(), MODEL_BUILDING:
         from llmcompressor.entrypoints.oneshot import oneshot
 
         model = load_model(work.model, work.architecture, linear_experts=True)
@@ -92,7 +93,8 @@ def compress(work: Compression, report: Report, *, rank: int = 0, world: int = 1
         if rank == 0:
             _warn_of_untouched(outcome)
             outcome.probe_logits = _probe(model, tokens)
-        with bridged(), part_ways() if private else nullcontext():
+        # transformers warns of offloaded modules, which are here on purpose.
+        with bridged(), without_warnings(), part_ways() if private else nullcontext():
             if rank == 0 or not private:
                 model.save_pretrained(
                     work.target, save_compressed=True, max_shard_size=work.options.max_shard_size

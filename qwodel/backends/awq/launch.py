@@ -25,6 +25,7 @@ from qwodel.backends.awq.compress import Compression, Outcome, compress
 from qwodel.backends.awq.options import AWQOptions
 from qwodel.exceptions import ConversionError, QuantizationError
 from qwodel.hardware import is_out_of_memory
+from qwodel.process_state import AWQ_RUN
 
 __all__ = ["main", "run_compression"]
 
@@ -40,7 +41,8 @@ def run_compression(work: Compression, report: Report, scratch: Path) -> Outcome
         MemoryError: a process ran out of memory.
     """
     if work.options.nproc == 1:
-        return compress(work, report)
+        with AWQ_RUN:
+            return compress(work, report)
     folder = scratch / "processes"
     folder.mkdir(exist_ok=True)
     for file in folder.iterdir():

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, field_validator
+from pydantic import Field, field_validator
 
 from qwodel.backends.base import BackendOptions
 from qwodel.calibration import DEFAULT_DATASET
+from qwodel.calibration.options import CalibrationBatches, Dataset
 
 __all__ = ["AWQOptions"]
 
 
-def _dataset(value: Any) -> Any:
-    """Take a path or a hub id as a string, and any other iterable as documents."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return list(value) if isinstance(value, Iterable) else value
-
-
-class AWQOptions(BackendOptions):
+class AWQOptions(CalibrationBatches, BackendOptions):
     """What an AWQ run can be told; sizes that are not given follow from the free memory."""
 
-    calibration_dataset: Annotated[str | list[Any], BeforeValidator(_dataset)] = Field(
+    calibration_dataset: Dataset = Field(
         DEFAULT_DATASET,
         description="Text to calibrate on: a file, a directory, repo or repo:subset on the hub, texts, or token lists.",
     )
@@ -68,10 +58,6 @@ class AWQOptions(BackendOptions):
     nproc: int = Field(
         1, ge=1, description="Processes that share the calibration, one a GPU, through torchrun."
     )
-
-    @field_serializer("calibration_dataset")
-    def _texts_stay_out_of_manifests(self, value: str | list[Any]) -> str:
-        return value if isinstance(value, str) else f"{len(value)} items given in Python"
 
     @field_validator("ignore")
     @classmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
+
+from qwodel.process_state import replaced
 
 __all__ = ["own_weights", "part_ways", "without_accelerator"]
 
@@ -21,16 +22,16 @@ def without_accelerator() -> Iterator[None]:
         if _pinning_fails():
             from llmcompressor.pipelines.cache import IntermediatesCache
 
-            stack.enter_context(patch.object(IntermediatesCache, "pin_memory", _leave_unpinned))
+            stack.enter_context(replaced(IntermediatesCache, "pin_memory", _leave_unpinned))
         if _has_no_accelerator():
             from llmcompressor.modifiers.transform.awq import base
 
             if hasattr(base, "_allreduce_data_sum"):
-                stack.enter_context(patch.object(base, "_allreduce_data_sum", _sum_over_processes))
+                stack.enter_context(replaced(base, "_allreduce_data_sum", _sum_over_processes))
             from llmcompressor.modifiers.quantization.quantization import base as rounding
 
             # Shared out, the scales of CPU weights are not sent round; each process computes all.
-            stack.enter_context(patch.object(rounding, "is_distributed", bool))
+            stack.enter_context(replaced(rounding, "is_distributed", bool))
         yield
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from qwodel.backends.awq.bridge import bridged
 from qwodel.backends.awq.loading import load_model, read_json
 from qwodel.exceptions import IntegrityError
+from qwodel.process_state import AWQ_RUN, MODEL_BUILDING
 from qwodel.safetensors_files import TensorEntry, read_header
 from qwodel.source import ModelSource
 
@@ -47,7 +48,7 @@ def check_logits(folder: Path, architecture: str, tokens: Any, expected: Any, dt
     """
     import torch
 
-    with bridged():
+    with AWQ_RUN, MODEL_BUILDING, bridged():
         model = load_model(folder, architecture)
         with torch.no_grad():
             found = model(input_ids=torch.as_tensor(tokens), use_cache=False).logits.float().cpu()

@@ -20,7 +20,7 @@ from qwodel.backends.coreml.models import Kind, load_model
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.probes import Probe, Runner, prove, references, run_module, text_probes
 from qwodel.backends.coreml.programs import load_program
-from qwodel.backends.coreml.toolchain import BarCallback, quiet_transformers, record_log
+from qwodel.backends.coreml.toolchain import BarCallback, record_log
 from qwodel.backends.coreml.weights import check_exclusions
 from qwodel.backends.coreml.wrappers import (
     Input,
@@ -32,6 +32,7 @@ from qwodel.backends.coreml.wrappers import (
     wrap_encoder,
     wrap_vision,
 )
+from qwodel.process_state import quiet_transformers
 from qwodel.progress import Progress
 
 __all__ = ["Built", "build"]

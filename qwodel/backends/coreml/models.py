@@ -13,6 +13,7 @@ import torch
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.toolchain import memory_errors
 from qwodel.exceptions import ConversionError, QuantizationError, ValidationError
+from qwodel.process_state import MODEL_BUILDING
 from qwodel.source import ModelSource
 
 __all__ = ["Kind", "classify", "context_length", "load_model"]
@@ -123,7 +124,7 @@ def load_model(source: ModelSource, options: CoreMLOptions) -> Any:
     loader = _remote_class(source, architecture, options) if remote else getattr(transformers, architecture)
     try:
         extra = {"trust_remote_code": True} if remote else {}
-        with memory_errors(f"{source.name} was loaded"):
+        with MODEL_BUILDING, memory_errors(f"{source.name} was loaded"):
             model, info = loader.from_pretrained(
                 Path(source.path),
                 dtype=torch.float32,

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from qwodel.exceptions import ResourceError
+from qwodel.exhaustion import exhausted
+from qwodel.process_state import COREML_RUN, replaced, without_warnings
 
 __all__ = [
     "BarCallback",
     "load_package",
     "memory_errors",
     "quiet_coremltools",
-    "quiet_transformers",
     "record_log",
     "report_bars",
 ]
@@ -31,9 +30,6 @@ _BARS = (
     ("coremltools.converters.mil.mil.passes.pass_pipeline", "tqdm"),
     ("coremltools.optimize.coreml._quantization_passes", "tqdm"),
 )
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
-# coremltools keeps the current opset and pass options in globals.
-_LOCK = threading.RLock()
 
 
 def quiet_coremltools() -> Any:
@@ -55,28 +51,12 @@ def memory_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        if what := exhausted(error):
             raise ResourceError(
-                f"memory ran out while {doing}",
+                f"{what} while {doing}",
                 hint="use a machine with more memory, or a smaller seq_length and input_shape",
             ) from error
         raise
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from printing warnings and bars."""
-    from transformers.utils import logging as messages
-
-    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
-    try:
-        yield
-    finally:
-        messages.set_verbosity(level)
-        if bars:
-            messages.enable_progress_bar()
 
 
 class _Bar:
@@ -98,17 +78,15 @@ class _Bar:
 def report_bars(callback: BarCallback) -> Iterator[None]:
     """Send the progress of every conversion and compression pass to ``callback`` instead of standard error.
 
-    What ``callback`` raises comes out of coremltools. One thread at a time.
+    What ``callback`` raises comes out of coremltools.
     """
-    with _LOCK, contextlib.ExitStack() as stack:
+
+    def bar(items: Iterable[Any], *_: Any, desc: str = "", **__: Any) -> _Bar:
+        return _Bar(items, callback, desc)
+
+    with COREML_RUN, contextlib.ExitStack() as stack:
         for module_name, name in _BARS:
-            module = import_module(module_name)
-            stack.callback(setattr, module, name, getattr(module, name))
-
-            def bar(items: Iterable[Any], *_: Any, desc: str = "", **__: Any) -> _Bar:
-                return _Bar(items, callback, desc)
-
-            setattr(module, name, bar)
+            stack.enter_context(replaced(import_module(module_name), name, bar))
         yield
 
 
@@ -126,11 +104,10 @@ def record_log() -> Iterator[list[str]]:
     """Collect coremltools' warnings and errors instead of printing them; Python warnings are silenced."""
     logger = logging.getLogger("coremltools")
     recorder = _Recorder()
-    handlers, propagate = list(logger.handlers), logger.propagate
-    logger.handlers, logger.propagate = [recorder], False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield recorder.lines
-    finally:
-        logger.handlers, logger.propagate = handlers, propagate
+    with (
+        COREML_RUN,
+        replaced(logger, "handlers", [recorder]),
+        replaced(logger, "propagate", False),
+        without_warnings(),
+    ):
+        yield recorder.lines

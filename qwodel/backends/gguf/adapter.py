@@ -7,6 +7,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from qwodel.backends.gguf.verify import (
     check_tokenizer,
     measure,
 )
+from qwodel.calibration.options import renamed
 from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityError, ValidationError
 from qwodel.gguf_header import GGML_TYPES, GGUFHeader, read_gguf_header
 from qwodel.output import require_space
@@ -51,6 +53,10 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
         return format_specs()
+
+    @classmethod
+    def parse_options(cls, given: Mapping[str, Any], base: GGUFOptions | None = None) -> GGUFOptions:
+        return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> str:
         return f"{_model_name(source)}-{spec.name}.gguf"
@@ -94,8 +100,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         source, options = job.source, job.options
         outtype = steps.intermediate_type(source)
         _require_space(job, outtype)
-        # Verification's imports, while this process only waits for the converter.
-        threading.Thread(target=lambda: [import_module(name) for name in _VERIFIERS], daemon=True).start()
+        _import_ahead()
         is_gguf = source.input_format == "gguf"
         kept = _kept_intermediate(job, outtype)
         origin = list(source.weight_files) if is_gguf else [steps.convert(job, outtype)]
@@ -164,6 +169,18 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
                 value,
                 name,
             )
+
+
+def _import_ahead() -> None:
+    """Do verification's imports while this process only waits for the converter."""
+
+    def work() -> None:
+        with suppress(ImportError):  # said where they are used
+            for name in _VERIFIERS:
+                import_module(name)
+
+    with suppress(RuntimeError):  # no thread to be had: later then
+        threading.Thread(target=work, name="qwodel-imports", daemon=True).start()
 
 
 def _model_name(source: ModelSource) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from qwodel.backends.base import BackendOptions
+from qwodel.calibration.options import CalibrationText, Dataset
 from qwodel.exceptions import did_you_mean
 from qwodel.gguf_header import GGML_TYPES
 
@@ -36,19 +36,10 @@ def _pattern(value: str) -> str:
     return value
 
 
-def _texts(value: Any) -> Any:
-    """Take a path or a hub id as a string, and any other iterable as documents."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, Iterable) else value
-
-
 GGMLType = Annotated[str, AfterValidator(_ggml_type)]
 
 
-class GGUFOptions(BackendOptions):
+class GGUFOptions(CalibrationText, BackendOptions):
     """What a GGUF run can be told; every one has a default that suits most models."""
 
     nthread: int = Field(
@@ -70,7 +61,7 @@ class GGUFOptions(BackendOptions):
     imatrix: Path | None = Field(
         None, description="Importance matrix to use: llama.cpp's GGUF or legacy file."
     )
-    calibration_dataset: Annotated[str | list[str] | None, BeforeValidator(_texts)] = Field(
+    calibration_dataset: Dataset | None = Field(
         None,
         description="Text to compute an importance matrix from: a file, a directory, a hub dataset, or texts.",
     )

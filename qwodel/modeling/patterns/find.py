@@ -16,6 +16,7 @@ from qwodel.modeling.patterns.findings import Finding, Patterns, SegPattern
 from qwodel.modeling.patterns.operations import Graph
 from qwodel.modeling.patterns.recording import fx_graph, run_graph
 from qwodel.modeling.patterns.seams import input_findings, output_findings
+from qwodel.process_state import TRACING
 
 __all__ = ["Example", "find_patterns"]
 
@@ -68,7 +69,7 @@ def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     causes: list[Exception] = []
     for method, read in _METHODS.items():
         try:
-            with _evaluating(model), torch.no_grad():
+            with TRACING, _evaluating(model), torch.no_grad():
                 return read(model, args, kwargs), method
         except Exception as error:
             _log.info("%s cannot read %s: %s", method, type(model).__name__, str(error).partition("\n")[0])

@@ -141,7 +141,7 @@ def test_half_a_fused_layer_is_refused(tmp_path: Path) -> None:
 def test_token_lists_need_no_tokenizer(tmp_path: Path) -> None:
     source = tiny_model("Llama", tmp_path, tokenizer=False)
     lists = [[4 + (n * step) % 90 for n in range(64)] for step in range(1, 9)]
-    path, info = _quantize(source, tmp_path / "out", calibration_dataset=lists)
+    path, info = _quantize(source, tmp_path / "out", calibration_dataset=iter(lists))
     assert info["calibration"]["dataset"] == "texts given in Python"
     manifest = json.loads((path / "qwodel.manifest.json").read_text())
     assert manifest["recipe"]["calibration_dataset"] == "8 items given in Python"

@@ -161,10 +161,15 @@ def test_the_matrix_is_the_sum_of_squared_activations(
 
     text = "Lily and Ben went to the park. They saw a big dog and a small cat. " * 8
     quantizer = Quantizer(
-        "gguf", stories_gguf, tmp_path, calibration_dataset=[text], seq_length=32, num_samples=2
+        "gguf", stories_gguf, tmp_path, calibration_dataset=iter([text]), seq_length=32, num_samples=2
     )
     quantizer.quantize("Q8_0")
-    report = quantizer.get_model_info()["importance_matrix"]
+    quantizer.quantize("Q8_0", overwrite=True)
+    info = quantizer.get_model_info()
+    report = info["importance_matrix"]
+    manifest = Path(info["manifest"]).read_text("utf-8")
+    assert '"calibration_dataset": "1 item given in Python"' in manifest
+    assert "Lily" not in manifest + repr(info)
     matrix = read_imatrix(tmp_path / report["file"])
     assert (matrix.chunk_count, matrix.chunk_size, matrix.datasets) == (2, 32, ("texts given in Python",))
 
