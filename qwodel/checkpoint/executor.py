@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
+from qwodel.children import safe_spawning
 from qwodel.exceptions import ConfigurationError, ConversionError
 
 __all__ = ["Executor", "ProcessExecutor", "SerialExecutor", "ThreadExecutor", "Worker"]
@@ -189,7 +190,9 @@ def _results(pool: ProcessPoolExecutor, tasks: Iterator[TaskT], ahead: int) -> I
     while pending or not exhausted:
         while not exhausted and len(pending) < ahead:
             try:
-                pending.add(pool.submit(_run_task, next(tasks)))
+                task = next(tasks)
+                with safe_spawning():
+                    pending.add(pool.submit(_run_task, task))
             except StopIteration:
                 exhausted = True
         done, pending = wait(pending, return_when=FIRST_COMPLETED)

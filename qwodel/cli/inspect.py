@@ -25,7 +25,7 @@ def inspect(
     json_: JsonFlag = False,
 ) -> None:
     """Show architecture, parameters, dtypes and size; reads headers only, downloads no weights."""
-    from qwodel.cli.report import human_bytes, print_json, print_table
+    from qwodel.cli.report import human_bytes, print_json, print_table, say
     from qwodel.hub import HubModel, looks_like_hub_id
     from qwodel.source import inspect_source
 
@@ -48,8 +48,8 @@ def inspect(
         elif key == "dtypes":
             shown = ", ".join(f"{kind} {count:,}" for kind, count in value.items())
         elif isinstance(value, list):
-            shown = ", ".join(value[:4]) + (f" … ({len(value)} files)" if len(value) > 4 else "")
+            shown = ", ".join(map(shown, value[:4])) + (f" … ({len(value)} files)" if len(value) > 4 else "")
         if shown is not None:
-            typer.echo(f"{key.replace('_', ' ') + ':':<18} {shown}")
+            say(f"{key.replace('_', ' ') + ':':<18} {shown}")
     if tensors:
         print_table(["tensor", "dtype", "shape"], [(t["name"], t["dtype"], t["shape"]) for t in listed])

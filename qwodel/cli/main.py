@@ -59,15 +59,16 @@ app.add_typer(smoothquant.app, name="smoothquant")
 
 def main() -> None:
     """Run the command line; the console script's entry."""
-    import signal
+    from qwodel.process import prepare_process
 
-    # A polite kill cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    prepare_process()
     try:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # typer catches KeyboardInterrupt itself, and says nothing
-            typer.echo("interrupted; nothing was published", err=True)
+            from qwodel.cli.report import warn
+
+            warn("interrupted; nothing was published")
         raise
     except Exception as error:
         from qwodel.cli.report import exit_code, show_error

@@ -13,7 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from qwodel.display import shown, shown_lines
 from qwodel.exceptions import ConfigurationError, QuantizationError
+from qwodel.process import prepare_process
 
 __all__ = ["TOOLS", "application", "export_int8_model", "generate_act_scales", "main_of", "ppl_eval"]
 
@@ -50,7 +52,7 @@ def generate_act_scales(
         model, _grouped(texts, per_gpu_batch_size), num_samples, tokenizer=tokenizer, seq_len=seq_len
     )
     path = save_activation_scales(scales, output_path)
-    typer.echo(f"{path}  ({len(scales)} layers)")
+    typer.echo(shown(f"{path}  ({len(scales)} layers)"))
 
 
 def export_int8_model(
@@ -80,7 +82,7 @@ def export_int8_model(
         exported = export_w8a8(source, output.path, output.scratch, options, Progress(None))
         output.publish({"backend": "smoothquant", "format": "w8a8_dynamic", **report_of(exported)})
     errors = ", ".join(f"{name} {value:.2g}" for name, value in exported.logits.items())
-    typer.echo(f"{output_path}  ({len(exported.quality)} layers; relative errors of logits: {errors})")
+    typer.echo(shown(f"{output_path}  ({len(exported.quality)} layers; relative errors of logits: {errors})"))
 
 
 def ppl_eval(
@@ -142,12 +144,13 @@ def application(name: str) -> typer.Typer:
 
 def main_of(name: str) -> None:
     """Run a tool as a program: errors are printed as cause and hint, with exit code 2."""
+    prepare_process()
     try:
         application(name)()
     except QuantizationError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(shown_lines(f"error: {error}"), err=True)
         if error.hint:
-            typer.echo(f"hint: {error.hint}", err=True)
+            typer.echo(shown_lines(f"hint: {error.hint}"), err=True)
         sys.exit(2)
 
 

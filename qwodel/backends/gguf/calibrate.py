@@ -93,7 +93,7 @@ def _compute(job: Job[GGUFOptions], model: Path) -> Path:
     job.progress.stage("calibrate", f"reading {name}")
     text = job.output.scratch / "calibration.txt"
     digest = _write_text(job, text)
-    for value in (options.seq_length, options.num_samples, *sorted(job.hashes.result().values())):
+    for value in (options.seq_length, options.num_samples, *sorted(job.files.hashes.result().values())):
         digest.update(f"\n{value}".encode())
     kept = job.output.final.with_name(f"{job.source.name}.imatrix-{digest.hexdigest()[:12]}.gguf")
     if kept.is_file():
