@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 from qwodel.exceptions import IntegrityError
 
-__all__ = ["FileHashes", "FileState", "SourceFiles", "describes", "hash_outputs", "manifest_beside"]
+__all__ = [
+    "FileHashes",
+    "FileState",
+    "SourceFiles",
+    "check_outputs",
+    "describes",
+    "hash_outputs",
+    "manifest_beside",
+]
 
 _CHUNK = 1 << 22
 _MANIFEST_BYTES = 1 << 28

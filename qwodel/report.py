@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from qwodel import __version__
 
-__all__ = ["SCHEMA", "envelope", "json_safe", "json_text", "versions_of"]
+__all__ = ["SCHEMA", "envelope", "json_safe", "json_text", "source_facts", "versions_of"]
 
 SCHEMA = 1
 """Version of the envelope; it grows when a key changes its meaning or goes away."""
@@ -37,7 +38,7 @@ def envelope(
 ) -> dict[str, Any]:
     """Return a manifest: what every one has, then what this run reports.
 
-    ``outputs``, each file with bytes and hash, is added when the files are published.
+    ``output`` and ``outputs``, each file with bytes and hash, are filled in when the files are published.
 
     Args:
         backend: the backend, or the tool where there is none.
@@ -55,11 +56,18 @@ def envelope(
         "format": format,
         "source": source,
         "recipe": recipe,
+        "output": {},
+        "outputs": {},
         "versions": versions_of(packages),
     }
     if seconds is not None:
         head["seconds"] = round(seconds, 3)
     return {**head, **{key: value for key, value in (report or {}).items() if key not in head}}
+
+
+def source_facts(path: Path, sha256: Mapping[str, str]) -> dict[str, Any]:
+    """What an envelope says of a source that is a local file or directory, with the hashes of its weight files."""
+    return {"name": path.resolve().name, "path": str(path), "sha256": dict(sha256)}
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
@@ -94,7 +102,8 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, Set):
         return sorted((json_safe(each) for each in value), key=str)
     if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: json_safe(getattr(value, each.name)) for each in fields(value)}
+        # What a class does not show of itself, such as a token, is nobody else's either.
+        return {each.name: json_safe(getattr(value, each.name)) for each in fields(value) if each.repr}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():

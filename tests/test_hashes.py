@@ -94,7 +94,9 @@ def test_outputs_are_held_against_their_hashes(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"outputs": {"m": 1}}', '{"outputs": {"m": {"bytes": "1"}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"outputs": {"m": 1}}', '{"outputs": {"m": {"bytes": "1"}}}']
+)
 def test_what_is_no_manifest_describes_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "m").write_bytes(b"x")
     (tmp_path / "m.manifest.json").write_text(text)

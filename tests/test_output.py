@@ -245,7 +245,10 @@ def test_a_directory_replaced_by_halves_is_brought_back(tmp_path: Path, renames:
 
 
 def test_a_name_that_the_disk_cannot_hold_is_refused_before_work(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="names there have at most"), StagedOutput(tmp_path / ("n" * 250)):
+    with (
+        pytest.raises(ValidationError, match="names there have at most"),
+        StagedOutput(tmp_path / ("n" * 250)),
+    ):
         pytest.fail("work was begun")
     with StagedOutput(tmp_path / ("n" * 230)) as output:
         output.path.write_bytes(b"x")

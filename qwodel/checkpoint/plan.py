@@ -18,6 +18,7 @@ from qwodel.checkpoint.source_tensor import SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.writer import FilePlan
 from qwodel.display import shown
+from qwodel.safetensors_files import checkpoint_files
 
 __all__ = ["Plan", "TensorPlan"]
 
@@ -99,6 +100,11 @@ class Plan:
         """Exact size of everything written."""
         side = sum(path.stat().st_size for path in self.side_files.values())
         return self.weight_bytes + sum(len(text) for text in self.documents.values()) + side
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The source's files that hold weights."""
+        return (self.source,) if self.source.is_file() else tuple(checkpoint_files(self.source))
 
     @property
     def source_bytes(self) -> int:

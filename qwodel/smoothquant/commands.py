@@ -70,17 +70,31 @@ def export_int8_model(
     The directory is in the compressed-tensors format (int-quantized); transformers, vLLM and
     Int8ForCausalLM load it.
     """
+    from qwodel.hashes import SourceFiles
     from qwodel.output import StagedOutput
     from qwodel.progress import Progress
+    from qwodel.report import envelope, source_facts
+    from qwodel.side_files import files_beside
     from qwodel.smoothquant.export import export_w8a8, report_of
     from qwodel.smoothquant.export_options import ExportOptions
     from qwodel.smoothquant.int8_model import local_folder
+    from qwodel.source import inspect_source
 
     source = local_folder(model_path)
+    weights = inspect_source(source).weight_files
     options = ExportOptions(alpha=alpha, rotations="none", act_scales=act_scales_path)
-    with StagedOutput(output_path) as output:
+    with StagedOutput(output_path) as output, SourceFiles(weights, files_beside(source)) as files:
         exported = export_w8a8(source, output.path, output.scratch, options, Progress(None))
-        output.publish({"backend": "smoothquant", "format": "w8a8_dynamic", **report_of(exported)})
+        output.publish(
+            envelope(
+                backend="smoothquant",
+                format="w8a8_dynamic",
+                source=source_facts(source, files.settled()),
+                recipe={"act_scales": act_scales_path, "alpha": alpha},
+                packages=("torch", "transformers", "safetensors"),
+                report=report_of(exported),
+            )
+        )
     errors = ", ".join(f"{name} {value:.2g}" for name, value in exported.logits.items())
     typer.echo(shown(f"{output_path}  ({len(exported.quality)} layers; relative errors of logits: {errors})"))
 

@@ -19,6 +19,7 @@ from qwodel.modules.int8_experts import Int8Experts
 from qwodel.modules.int8_linear import Int8Linear
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.progress import Progress
+from qwodel.report import envelope
 from qwodel.smoothquant.int8_loading import (
     OWN_FORMAT,
     Described,
@@ -181,7 +182,16 @@ class Int8ForCausalLM(nn.Module):
             (output.path / "config.json").write_text(text, "utf-8")
             if getattr(self.model, "generation_config", None) is not None:
                 self.model.generation_config.save_pretrained(output.path)
-            output.publish({"format": OWN_FORMAT, "layers": len(layers)})
+            output.publish(
+                envelope(
+                    backend="smoothquant",
+                    format=OWN_FORMAT,
+                    source={"name": type(self.model).__name__, "sha256": {}},
+                    recipe={},
+                    packages=("torch", "transformers", "safetensors"),
+                    report={"layers": len(layers)},
+                )
+            )
         return target
 
 

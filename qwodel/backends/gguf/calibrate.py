@@ -123,6 +123,7 @@ def _compute(job: Job[GGUFOptions], model: Path) -> Path:
             f"no importance matrix from {name}: {failure}",
             hint="give more or other text, or a shorter seq_length",
         ) from failure
+    job.files.check()  # the name it is kept under holds the hashes of the source
     # Hours of work on a large model: kept whatever becomes of this run.
     target.replace(kept)
     return kept
