@@ -48,22 +48,22 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 def safe_spawning() -> Iterator[None]:
     """Have :mod:`multiprocessing` start its children without the present folder, while this lasts.
 
-    It starts them with ``python -c`` and takes no environment of theirs: the variable stands in this
-    process's own for the moment of starting, and is taken away by the last thread that needs it.
+    It starts them, and its tracker of resources with the first pool, by ``python -c`` and with this
+    environment: the variable stands in it for the moment of starting, and is taken away by the last thread that needs it.
     """
     global _spawning
-    if os.environ.get(_SAFE_PATH) and not _spawning:
-        yield
-        return
     with _lock:
-        _spawning += 1
-        os.environ[_SAFE_PATH] = "1"
+        stated = not _spawning and bool(os.environ.get(_SAFE_PATH))
+        if not stated:
+            _spawning += 1
+            os.environ[_SAFE_PATH] = "1"
     try:
         yield
     finally:
         with _lock:
-            _spawning -= 1
-            if not _spawning:
+            if not stated:
+                _spawning -= 1
+            if not stated and not _spawning:
                 os.environ.pop(_SAFE_PATH, None)
 
 

@@ -12,9 +12,10 @@ from types import FrameType
 from qwodel.children import forget_present_folder
 from qwodel.display import shown_lines
 
-__all__ = ["log_to_terminal", "prepare_process"]
+__all__ = ["ignore_interruptions", "log_to_terminal", "prepare_process"]
 
 _SECONDS_TO_CLEAN = 15.0
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def prepare_process() -> None:
@@ -25,6 +26,12 @@ def prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
     forget_present_folder()
     _Interruption().install()
+
+
+def ignore_interruptions() -> None:
+    """Let nothing interrupt what is left: the interpreter, as it ends, gives signals back their deadly meaning."""
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _open_closed_streams() -> None:
@@ -54,7 +61,7 @@ class _Interruption:
         self._since: float | None = None
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and background jobs of a shell
                 signal.signal(number, self._interrupt)
 

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from qwodel.exceptions import ValidationError
@@ -41,18 +41,19 @@ _READ_BY_NAME = re.compile(
 )
 
 
-def side_files(root: Path, *, pipeline: bool = False) -> dict[str, Path]:
+def side_files(root: Path, *, pipeline: bool = False, quantized: Collection[Path] = ()) -> dict[str, Path]:
     """Return what must come along, by relative path: everything but weights, indexes and hidden files.
 
     Args:
         root: a model directory.
         pipeline: it is that of a diffusers pipeline: every file of it comes along, ``config.json``,
             weights and indexes of the other models too.
+        quantized: files that do not come along since their tensors are written anew.
 
     Raises:
         ValidationError: a file that is read by its name leads out of the folder.
     """
-    found, left_out = _sorted_out(root, pipeline)
+    found, left_out = _sorted_out(root, pipeline, quantized)
     if left_out:
         log.warning(
             "left out of the result, since they are links that lead out of the model's folder: %s",
@@ -61,13 +62,14 @@ def side_files(root: Path, *, pipeline: bool = False) -> dict[str, Path]:
     return found
 
 
-def files_beside(root: Path) -> list[Path]:
+def files_beside(root: Path, quantized: Collection[Path] = ()) -> list[Path]:
     """Return configuration, indexes and side files of a model directory, or of a pipeline's: what a run reads.
 
     Raises:
         ValidationError: one that is read by its name leads out of the folder.
     """
-    found = set(_sorted_out(root, (root / "model_index.json").is_file())[0].values())
+    pipeline = (root / "model_index.json").is_file()
+    found = set(_sorted_out(root, pipeline, quantized)[0].values())
     for path in root.glob("*.json"):
         if path.is_file() and _READ_BY_NAME.fullmatch(path.name):
             refuse_leading_out(path, root)
@@ -75,12 +77,12 @@ def files_beside(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _sorted_out(root: Path, pipeline: bool) -> tuple[dict[str, Path], list[str]]:
+def _sorted_out(root: Path, pipeline: bool, quantized: Collection[Path]) -> tuple[dict[str, Path], list[str]]:
     """What comes along, and what is left out for where it leads."""
     found: dict[str, Path] = {}
     left_out = []
     for relative, path in _files(root):
-        if not pipeline and not _comes_along(root, relative):
+        if path in quantized or not (pipeline or _comes_along(root, relative)):
             continue
         if stays_inside(path, root):
             found[relative.as_posix()] = path

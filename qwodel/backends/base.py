@@ -21,6 +21,7 @@ from pydantic import ValidationError as PydanticError
 
 from qwodel.exceptions import (
     ConfigurationError,
+    ConversionError,
     FormatNotSupportedError,
     QuantizationError,
     ResourceError,
@@ -230,7 +231,7 @@ class BaseQuantizer(ABC, Generic[OptionsT]):
         progress.set_weights(self.stage_weights(source, spec, options))
         final = output_dir / self.output_name(source, spec, options)
         with StagedOutput(final, overwrite=options.overwrite) as output, _typed_failures(output):
-            beside = files_beside(source.path) if source.path.is_dir() else ()
+            beside = files_beside(source.path, source.weight_files) if source.path.is_dir() else ()
             with SourceFiles(source.weight_files, beside) as files:
                 job = Job(source, spec, options, output, progress, files)
                 with disk_errors(f"writing {final.name}"):
@@ -258,9 +259,9 @@ def _typed_failures(output: StagedOutput) -> Iterator[None]:
     """Turn what the machine does to a run into :class:`ResourceError`: memory gone, the output's folder gone."""
     try:
         yield
-    except QuantizationError:
-        raise
     except Exception as error:
+        if isinstance(error, QuantizationError) and not isinstance(error, ConversionError):
+            raise
         if isinstance(error, OSError) and output.vanished:
             raise ResourceError(
                 f"the output directory {output.final.parent} was removed while the run was writing to it",

@@ -159,13 +159,14 @@ class ProcessExecutor:
         """
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         before = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(
-            self.workers,
-            # A forked child of a threaded torch can hang.
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(factory, threads),
-        )
+        with safe_spawning():
+            pool = ProcessPoolExecutor(
+                self.workers,
+                # A forked child of a threaded torch can hang.
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(factory, threads),
+            )
         finished = False
         try:
             yield from _results(pool, iter(tasks), ahead=2 * self.workers)

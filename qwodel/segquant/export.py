@@ -124,8 +124,7 @@ class Denoiser:
         target = path / self.folder
         target.mkdir(parents=True)
         replaced = {file for pattern in _WEIGHTS for file in (self.source.path / self.folder).glob(pattern)}
-        files = side_files(self.source.path, pipeline=bool(self.folder))
-        copy_side_files({name: file for name, file in files.items() if file not in replaced}, path)
+        copy_side_files(side_files(self.source.path, pipeline=bool(self.folder), quantized=replaced), path)
         save_quantized(self.model, target, max_shard_size=max_shard_size)
         stored = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         return {"bits_per_weight": round(stored * 8 / max(self.source.parameters, 1), 3)}

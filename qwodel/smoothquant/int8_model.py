@@ -18,6 +18,7 @@ from qwodel.modeling.lazy_model import config_of, open_lazily
 from qwodel.modules.int8_experts import Int8Experts
 from qwodel.modules.int8_linear import Int8Linear
 from qwodel.output import StagedOutput, disk_errors
+from qwodel.paths import exists, user_path
 from qwodel.progress import Progress
 from qwodel.report import envelope
 from qwodel.smoothquant.int8_loading import (
@@ -201,10 +202,10 @@ def local_folder(model_id: str, revision: str | None = None, token: str | None =
     Raises:
         ValidationError: it is not there.
     """
-    folder = Path(model_id).expanduser()
+    folder = user_path(model_id)
     if folder.is_dir():
         return folder
-    if folder.exists() or not looks_like_hub_id(model_id):
+    if exists(folder) or not looks_like_hub_id(model_id):
         raise ValidationError(
             f"{model_id} is no model directory", hint="give a directory or a hub id (owner/name)"
         )
