@@ -76,6 +76,7 @@ def _started(model: Path, out: Path, *before: str) -> subprocess.Popen[str]:
     for line in process.stderr:
         if "quantize" in line and list(out.glob(".qwodel-*/model-int8_row.safetensors")):
             break
+    time.sleep(0.5)
     return process
 
 
