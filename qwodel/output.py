@@ -2,9 +2,8 @@
 
 Everything a run writes lies in a hidden sibling of its final place
 (``.qwodel-<token>/``), on the same file system, so that publishing is one
-``rename(2)`` and a reader never sees half a model. The sibling holds a lock for
-as long as its process lives: what a killed process left behind is recognised
-by its free lock and removed by the next run into the same directory.
+``rename(2)`` and a reader never sees half a model. What a killed process left
+behind is the next run's, which :mod:`qwodel.leftovers` knows.
 """
 
 from __future__ import annotations
@@ -12,30 +11,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
-import hashlib
-import json
 import os
-import secrets
 import shutil
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qwodel.exceptions import ResourceError, ValidationError
+from qwodel.exceptions import QuantizationError, ResourceError, ValidationError
+from qwodel.hashes import hash_outputs, manifest_beside
+from qwodel.leftovers import SCRATCH, make_staging, remove_abandoned
+from qwodel.report import json_text
 
-__all__ = ["FileHashes", "StagedOutput", "disk_errors", "require_space", "size_of"]
+__all__ = ["StagedOutput", "disk_errors", "require_space", "size_of"]
 
-_PREFIX = ".qwodel-"
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file size limit is reached",
 }
-_ABANDONED_SECONDS = 60.0
+_LONGEST_SUFFIX = len(".replaced")
 
 
 class StagedOutput:
@@ -61,22 +57,22 @@ class StagedOutput:
         self._lock: int | None = None
 
     def __enter__(self) -> StagedOutput:
-        self._refuse_existing()
         folder = self.final.parent
         try:
+            self._check_name()
             self._make_folder(folder)
-            _remove_abandoned(folder)
-            self._staging = folder / f"{_PREFIX}{secrets.token_hex(6)}"
-            self.scratch.mkdir(parents=True)
-            self._lock = os.open(self._staging / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_abandoned(folder)
+            self._refuse_existing()
+            self._staging, self._lock = make_staging(folder)
         except OSError as error:
             self._clean()
             raise ValidationError(
                 f"the output directory {folder} cannot be written: {error.strerror or error}",
                 hint="choose another output_dir, or change its permissions",
             ) from error
+        except QuantizationError:
+            self._clean()
+            raise
         return self
 
     def __exit__(
@@ -92,17 +88,24 @@ class StagedOutput:
     @property
     def scratch(self) -> Path:
         """A directory for intermediate files; removed whatever happens."""
-        return self._staging / "scratch"
+        return self._staging / SCRATCH
 
     @property
     def manifest_path(self) -> Path:
         """Where the manifest will be: inside a directory, beside a file."""
         if self.path.is_dir() or (not self.path.exists() and self.final.is_dir()):
             return self.final / "qwodel.manifest.json"
-        return self.final.with_name(f"{self.final.stem}.manifest.json")
+        return manifest_beside(self.final)
+
+    @property
+    def vanished(self) -> bool:
+        """Whether somebody removed the place during the run."""
+        return not self._staging.is_dir()
 
     def publish(self, manifest: Mapping[str, Any]) -> Path:
         """Sync the artefact and its manifest to disk and move them to their place.
+
+        The manifest gets ``output`` (name and bytes) and ``outputs`` (bytes and SHA-256 of every file).
 
         Returns:
             The final path.
@@ -112,22 +115,45 @@ class StagedOutput:
             ResourceError: the disk is full.
         """
         self._refuse_existing()
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         with disk_errors(f"publishing {self.final}"):
-            if self.path.is_dir():
-                (self.path / self.manifest_path.name).write_text(text, "utf-8")
+            outputs = self._synced_and_hashed()
+            size = sum(each["bytes"] for each in outputs.values())
+            about = {"output": {"name": self.final.name, "bytes": size}, "outputs": outputs}
+            whole = self.path.is_dir()
+            aside = (self.path if whole else self._staging) / self.manifest_path.name
+            aside.write_text(json_text({**manifest, **about}) + "\n", "utf-8")
+            _sync(aside)
+            if whole:
+                _sync(self.path, deep=False)
             else:
-                # The artefact's own rename is what publishes; the manifest goes first.
-                aside = self._staging / self.manifest_path.name
-                aside.write_text(text, "utf-8")
-                _sync(aside)
-            _sync(self.path)
-            if not self.path.is_dir():
+                # The artefact's own rename is what publishes; the manifest goes first. Were this the end,
+                # the manifest's hashes would tell, and the next run would take the second step.
                 aside.replace(self.manifest_path)
             _move(self.path, self.final)
             _sync(self.final.parent, deep=False)
         self._created.clear()
         return self.final
+
+    def _synced_and_hashed(self) -> dict[str, dict[str, Any]]:
+        """Hash the artefact while the disk is busy with it."""
+        with ThreadPoolExecutor(1) as pool:
+            hashes = pool.submit(hash_outputs, self.path)
+            _sync(self.path)
+            return hashes.result()
+
+    def _check_name(self) -> None:
+        """Refuse a name that the file system could not hold, before any work."""
+        longest = max(len(os.fsencode(name)) for name in (self.final.name, manifest_beside(self.final).name))
+        existing = next((each for each in self.final.parents if each.exists()), Path("/"))
+        limit = 255
+        with contextlib.suppress(OSError):
+            limit = os.pathconf(existing, "PC_NAME_MAX")
+        if longest + _LONGEST_SUFFIX > limit:
+            raise ValidationError(
+                f"the output's name has {longest} bytes, and names there have at most {limit - _LONGEST_SUFFIX}: "
+                f"{self.final.name[:60]}…",
+                hint="rename the model's file or folder: its name begins the output's",
+            )
 
     def _refuse_existing(self) -> None:
         if self.final.exists() and not self.overwrite:
@@ -151,24 +177,6 @@ class StagedOutput:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         self._created = []
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove staging directories whose processes are gone."""
-    for staging in folder.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            try:
-                lock = os.open(staging / "lock", os.O_RDWR)
-            except FileNotFoundError:
-                # Another run may be between mkdir and lock.
-                if time.time() - staging.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(staging, ignore_errors=True)
-                continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(staging, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -238,38 +246,3 @@ def size_of(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(child.stat().st_size for child in path.rglob("*") if child.is_file())
-
-
-class FileHashes:
-    """SHA-256 of files, computed in a thread while other work goes on."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._files = list(files)
-        self._stop = threading.Event()
-        self._hashes: dict[str, str] = {}
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="qwodel-hashes", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            for file in self._files:
-                digest = hashlib.sha256()
-                with file.open("rb", buffering=0) as stream:
-                    while not self._stop.is_set() and (chunk := stream.read(1 << 22)):
-                        digest.update(chunk)
-                self._hashes[file.name] = digest.hexdigest()
-        except OSError as error:
-            self._error = error
-
-    def result(self) -> dict[str, str]:
-        """Wait, and return file name → hexadecimal digest."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._hashes
-
-    def stop(self) -> None:
-        """Give up early."""
-        self._stop.set()
-        self._thread.join()

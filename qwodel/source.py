@@ -20,6 +20,7 @@ from typing import Any
 
 from qwodel.exceptions import ValidationError
 from qwodel.gguf_header import read_gguf_header
+from qwodel.paths import exists, user_path
 from qwodel.safetensors_files import checkpoint_files, read_header
 from qwodel.torch_pickle import read_pickled_tensors
 
@@ -117,8 +118,8 @@ def inspect_source(
         ValidationError: nothing is there, or nothing that holds weights.
         IntegrityError: a weight file is truncated or damaged.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
+    path = user_path(path, "model path")
+    if not exists(path):
         raise ValidationError(
             f"{path} does not exist", hint="give a model directory, a model file or a hub id (owner/name)"
         )

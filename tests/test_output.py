@@ -9,13 +9,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from qwodel.exceptions import ResourceError, ValidationError
-from qwodel.output import FileHashes, StagedOutput, disk_errors, require_space, size_of
+from qwodel.hashes import describes
+from qwodel.output import StagedOutput, disk_errors, require_space, size_of
 
 
 def _files(folder: Path) -> set[str]:
@@ -30,7 +30,11 @@ def test_a_file_and_its_manifest_appear_together(tmp_path: Path) -> None:
         assert not final.exists()
         assert output.publish({"a": 1}) == final
     assert final.read_bytes() == b"weights"
-    assert json.loads((final.parent / "model.manifest.json").read_text()) == {"a": 1}
+    assert json.loads((final.parent / "model.manifest.json").read_text()) == {
+        "a": 1,
+        "output": {"name": "model.gguf", "bytes": 7},
+        "outputs": {"model.gguf": {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}},
+    }
     assert _files(final.parent) == {"model.gguf", "model.manifest.json"}
 
 
@@ -41,6 +45,8 @@ def test_a_directory_holds_its_manifest(tmp_path: Path) -> None:
         assert size_of(output.path) == 3
         output.publish({"b": 2})
         assert output.manifest_path == tmp_path / "model" / "qwodel.manifest.json"
+    manifest = json.loads((tmp_path / "model" / "qwodel.manifest.json").read_text())
+    assert manifest["outputs"] == {"sub/w": {"bytes": 3, "sha256": hashlib.sha256(b"123").hexdigest()}}
     assert _files(tmp_path) == {"model", "model/sub", "model/sub/w", "model/qwodel.manifest.json"}
 
 
@@ -120,15 +126,134 @@ def test_a_killed_process_publishes_nothing_and_the_next_run_cleans(tmp_path: Pa
     assert _files(tmp_path) == {"m.gguf", "m.manifest.json"}
 
 
-def test_staging_without_a_lock_is_cleaned_only_when_old(tmp_path: Path) -> None:
-    fresh, old = tmp_path / ".qwodel-fresh", tmp_path / ".qwodel-old"
-    fresh.mkdir()
-    old.mkdir()
-    os.utime(old, (time.time() - 3600,) * 2)
+def _aged(path: Path) -> Path:
+    os.utime(path, (0, 0))
+    return path
+
+
+def test_folders_of_others_are_left_alone_whatever_they_are_called(tmp_path: Path) -> None:
+    notes = tmp_path / ".qwodel-notes"
+    alike = tmp_path / ".qwodel-0123456789ab"
+    locked = tmp_path / ".qwodel-00112233445f"
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (notes, alike, locked, elsewhere):
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+    (locked / "lock").write_text("a lock of my own")
+    (elsewhere / "lock").write_text("qwodel staging .qwodel-ffffffffffff\n")
+    (tmp_path / ".qwodel-ffffffffffff").symlink_to(elsewhere)
+    (tmp_path / ".qwodel-fffffffffff0").write_text("a file")
+    for folder in (notes, alike, locked, elsewhere):
+        _aged(folder)
+    before = _files(tmp_path)
     with StagedOutput(tmp_path / "m"):
         pass
-    assert fresh.exists()
-    assert not old.exists()
+    assert _files(tmp_path) == before
+    assert (notes / "mine.txt").read_text() == "mine"
+
+
+def test_what_dies_before_it_has_marked_its_folder_leaves_nothing_for_long(tmp_path: Path) -> None:
+    fresh, empty, unmarked = (tmp_path / f".qwodel-{number:012x}" for number in range(3))
+    for folder in (fresh, empty, unmarked):
+        folder.mkdir()
+    (unmarked / "lock").touch()
+    _aged(empty)
+    _aged(unmarked)
+    with StagedOutput(tmp_path / "m"):
+        pass
+    assert _files(tmp_path) == {fresh.name}
+
+
+PUBLISH = """
+import os, sys
+from pathlib import Path
+from qwodel import output
+if sys.argv[2] == "no exchange":
+    output._exchange = lambda *_: False
+renames = 0
+def dying(name):
+    real = getattr(Path, name)
+    def rename(self, target):
+        global renames
+        renames += 1
+        if renames > int(sys.argv[3]):
+            os.kill(os.getpid(), 9)
+        return real(self, target)
+    setattr(Path, name, rename)
+dying("replace"), dying("rename")
+final = Path(sys.argv[1])
+with output.StagedOutput(final, overwrite=True) as staged:
+    if final.suffix:
+        staged.path.write_bytes(b"new")
+    else:
+        staged.path.mkdir()
+        (staged.path / "w").write_bytes(b"new")
+    staged.publish({"made": "new"})
+"""
+
+
+def _old(final: Path) -> None:
+    with StagedOutput(final) as output:
+        if final.suffix:
+            output.path.write_bytes(b"old")
+        else:
+            output.path.mkdir()
+            (output.path / "w").write_bytes(b"old")
+        output.publish({"made": "old"})
+
+
+def _killed_after(final: Path, renames: int, how: str = "") -> None:
+    done = subprocess.run([sys.executable, "-c", PUBLISH, str(final), how, str(renames)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_file_replaced_by_halves_is_told_and_mended(tmp_path: Path, renames: int) -> None:
+    final, manifest = tmp_path / "m.gguf", tmp_path / "m.manifest.json"
+    _old(final)
+    _killed_after(final, renames)
+    assert final.read_bytes() == b"old"
+    # The manifest says whether it is of the file beside it.
+    assert describes(manifest, final) == (renames == 0)
+    with StagedOutput(tmp_path / "another"):
+        pass
+    assert describes(manifest, final)
+    assert final.read_bytes() == (b"new" if renames else b"old")
+    assert _files(tmp_path) == {"m.gguf", "m.manifest.json"}
+
+
+def test_a_first_publication_that_was_cut_in_two_can_be_run_again(tmp_path: Path) -> None:
+    final = tmp_path / "m.gguf"
+    _killed_after(final, 1)
+    assert (tmp_path / "m.manifest.json").is_file()
+    assert not final.exists()
+    _old(final)
+    assert describes(tmp_path / "m.manifest.json", final)
+    assert _files(tmp_path) == {"m.gguf", "m.manifest.json"}
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_directory_replaced_by_halves_is_brought_back(tmp_path: Path, renames: int) -> None:
+    final = tmp_path / "model"
+    _old(final)
+    _killed_after(final, renames, "no exchange")
+    assert final.exists() == (renames == 0)
+    with StagedOutput(tmp_path / "another"):
+        pass
+    assert (final / "w").read_bytes() == (b"new" if renames else b"old")
+    assert _files(tmp_path) == {"model", "model/w", "model/qwodel.manifest.json"}
+
+
+def test_a_name_that_the_disk_cannot_hold_is_refused_before_work(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValidationError, match="names there have at most"),
+        StagedOutput(tmp_path / ("n" * 250)),
+    ):
+        pytest.fail("work was begun")
+    with StagedOutput(tmp_path / ("n" * 230)) as output:
+        output.path.write_bytes(b"x")
+        output.publish({})
+    assert _files(tmp_path) == {"n" * 230, f"{'n' * 230}.manifest.json"}
 
 
 def _stage_as_nobody(final: Path, answers: multiprocessing.SimpleQueue[str]) -> None:
@@ -186,14 +311,3 @@ def test_space_is_required_where_the_folder_will_be(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "yet", 1, "nothing")
     with pytest.raises(ResourceError, match="needs about 1152921504.61 GB"):
         require_space(tmp_path / "not" / "yet", 1 << 60, "a lot")
-
-
-def test_hashes_are_sha256(tmp_path: Path) -> None:
-    files = []
-    for index, size in enumerate((0, 1, 5 << 20)):
-        files.append(tmp_path / f"{index}.bin")
-        files[-1].write_bytes(os.urandom(size))
-    expected = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert FileHashes(files).result() == expected
-    with pytest.raises(FileNotFoundError):
-        FileHashes([tmp_path / "none"]).result()

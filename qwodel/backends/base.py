@@ -6,23 +6,34 @@ An adapter declares its formats and what it accepts, and implements
 
 from __future__ import annotations
 
+import errno
 import logging
-import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import ValidationError as PydanticError
 
-from qwodel import __version__
-from qwodel.exceptions import ConfigurationError, FormatNotSupportedError, ValidationError, did_you_mean
-from qwodel.output import FileHashes, StagedOutput, disk_errors, size_of
+from qwodel.exceptions import (
+    ConfigurationError,
+    ConversionError,
+    FormatNotSupportedError,
+    QuantizationError,
+    ResourceError,
+    ValidationError,
+    did_you_mean,
+)
+from qwodel.hardware import is_out_of_memory
+from qwodel.hashes import SourceFiles
+from qwodel.output import StagedOutput, disk_errors, size_of
 from qwodel.progress import Progress
+from qwodel.report import envelope
+from qwodel.side_files import files_beside
 from qwodel.source import INPUT_FORMATS, ModelSource
 
 __all__ = ["BackendOptions", "BaseQuantizer", "DryRun", "FormatSpec", "Job", "Result", "format_key"]
@@ -82,7 +93,7 @@ class DryRun(Protocol):
 class Job(Generic[OptionsT]):
     """One run: what goes in, where it goes, and what is learned on the way.
 
-    ``hashes`` are the source files', computed meanwhile; ``report`` is filled by the
+    ``files`` are the source's, hashed meanwhile and watched; ``report`` is filled by the
     adapter and becomes part of the manifest and of ``get_model_info()``.
     """
 
@@ -91,7 +102,7 @@ class Job(Generic[OptionsT]):
     options: OptionsT
     output: StagedOutput
     progress: Progress
-    hashes: FileHashes
+    files: SourceFiles
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -219,41 +230,46 @@ class BaseQuantizer(ABC, Generic[OptionsT]):
         self.check(source, spec, options)
         progress.set_weights(self.stage_weights(source, spec, options))
         final = output_dir / self.output_name(source, spec, options)
-        with StagedOutput(final, overwrite=options.overwrite) as output:
-            hashes = FileHashes(source.weight_files)
-            try:
-                job = Job(source, spec, options, output, progress, hashes)
+        with StagedOutput(final, overwrite=options.overwrite) as output, _typed_failures(output):
+            beside = files_beside(source.path, source.weight_files) if source.path.is_dir() else ()
+            with SourceFiles(source.weight_files, beside) as files:
+                job = Job(source, spec, options, output, progress, files)
                 with disk_errors(f"writing {final.name}"):
                     self.run(job)
                 progress.stage("publish", f"publishing {final}")
-                seconds = time.monotonic() - started
-                manifest = self._manifest(job, hashes.result(), seconds)
-                size = size_of(output.path)
-                path, manifest_path = output.publish(manifest), output.manifest_path
-            finally:
-                hashes.stop()
+                hashes = files.settled()
+            seconds = time.monotonic() - started
+            manifest = envelope(
+                backend=self.name,
+                format=spec.name,
+                source={**source.describe(), "sha256": hashes},
+                recipe=options.model_dump(mode="json"),
+                packages=self.packages,
+                seconds=seconds,
+                report=job.report,
+            )
+            size = size_of(output.path)
+            path, manifest_path = output.publish(manifest), output.manifest_path
         self.log.info("published %s (%.1f MB, %.1f s)", path, size / 1e6, seconds)
         return Result(path, size, seconds, manifest_path, job.report)
 
-    def _manifest(self, job: Job[OptionsT], hashes: Mapping[str, str], seconds: float) -> dict[str, Any]:
-        return {
-            "qwodel": __version__,
-            "backend": self.name,
-            "format": job.format.name,
-            "source": {**job.source.describe(), "sha256": dict(hashes)},
-            "recipe": job.options.model_dump(mode="json"),
-            "output": {"name": job.output.final.name, "bytes": size_of(job.output.path)},
-            "seconds": round(seconds, 3),
-            "versions": {"python": platform.python_version(), **_versions(self.packages)},
-            **job.report,
-        }
 
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+@contextmanager
+def _typed_failures(output: StagedOutput) -> Iterator[None]:
+    """Turn what the machine does to a run into :class:`ResourceError`: memory gone, the output's folder gone."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, QuantizationError) and not isinstance(error, ConversionError):
+            raise
+        if isinstance(error, OSError) and output.vanished:
+            raise ResourceError(
+                f"the output directory {output.final.parent} was removed while the run was writing to it",
+                hint="run again, and leave the directory (and what is hidden in it) alone meanwhile",
+            ) from error
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            raise ResourceError(
+                f"memory ran out while making {output.final.name}: {error or type(error).__name__}",
+                hint="free some memory, raise the limit (ulimit -v), or use a larger machine",
+            ) from error
+        raise

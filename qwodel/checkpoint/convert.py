@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
@@ -17,6 +16,7 @@ from qwodel.checkpoint.tensor_work import WorkerFactory
 from qwodel.checkpoint.writer import PlannedWriter, create_files
 from qwodel.exceptions import IntegrityError
 from qwodel.progress import Progress
+from qwodel.side_files import copy_side_files
 
 __all__ = ["Conversion", "convert"]
 
@@ -106,10 +106,7 @@ def _finish(plan: Plan, destination: Path, paths: Mapping[str, Path]) -> None:
         _sync(path)
     for name, text in plan.documents.items():
         (destination / name).write_bytes(text)
-    for name, source in plan.side_files.items():
-        target = destination / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    copy_side_files(plan.side_files, destination)
 
 
 class _Disk:

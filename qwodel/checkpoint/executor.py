@@ -19,6 +19,7 @@ import torch
 
 from qwodel.algorithms.determinism import compute_threads
 from qwodel.checkpoint.crew import Crew
+from qwodel.children import safe_spawning
 from qwodel.exceptions import ConfigurationError, ConversionError
 from qwodel.exhaustion import exhaustion
 
@@ -158,13 +159,14 @@ class ProcessExecutor:
         """
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         before = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(
-            self.workers,
-            # A forked child of a threaded torch can hang.
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(factory, threads),
-        )
+        with safe_spawning():
+            pool = ProcessPoolExecutor(
+                self.workers,
+                # A forked child of a threaded torch can hang.
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(factory, threads),
+            )
         finished = False
         try:
             with exhaustion("working in several processes"):
@@ -191,7 +193,9 @@ def _results(pool: ProcessPoolExecutor, tasks: Iterator[TaskT], ahead: int) -> I
     while pending or not exhausted:
         while not exhausted and len(pending) < ahead:
             try:
-                pending.add(pool.submit(_run_task, next(tasks)))
+                task = next(tasks)
+                with safe_spawning():
+                    pending.add(pool.submit(_run_task, task))
             except StopIteration:
                 exhausted = True
         done, pending = wait(pending, return_when=FIRST_COMPLETED)

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qwodel.exceptions import ValidationError
+from qwodel.side_files import refuse_leading_out, side_files
 
 __all__ = ["ModelDirectory"]
-
-_WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".pt2", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
-)
-_REWRITTEN = frozenset({"config.json", "qwodel.manifest.json"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +31,12 @@ class ModelDirectory:
         """Look beside ``source``.
 
         Raises:
-            ValidationError: ``config.json`` is damaged.
+            ValidationError: ``config.json`` is damaged, or a link that leads out of the directory.
         """
         root = source if source.is_dir() else source.parent if _is_model_file(source) else None
         if root is None or not (root / "config.json").is_file():
             return cls(root, None)
+        refuse_leading_out(root / "config.json", root)
         try:
             config = json.loads((root / "config.json").read_text("utf-8"))
         except (OSError, ValueError) as error:
@@ -49,25 +46,9 @@ class ModelDirectory:
         return cls(root, config)
 
     def side_files(self) -> dict[str, Path]:
-        """Return what must come along: everything but weights, indexes and hidden files, by relative path."""
-        if self.root is None:
-            return {}
-        found = {}
-        for path in sorted(self.root.rglob("*")):
-            relative = path.relative_to(self.root)
-            if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-                continue
-            weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            # Subdirectories of a model repository hold other packagings of the same weights.
-            other_packaging = len(relative.parts) > 1 and _holds_weights(self.root / relative.parts[0])
-            if not weights and not other_packaging and str(relative) not in _REWRITTEN:
-                found[relative.as_posix()] = path
-        return found
+        """Return what must come along, by relative path; see :func:`qwodel.side_files.side_files`."""
+        return {} if self.root is None else side_files(self.root)
 
 
 def _is_model_file(source: Path) -> bool:
     return source.name == "model.safetensors"
-
-
-def _holds_weights(folder: Path) -> bool:
-    return any(path.suffix in _WEIGHT_SUFFIXES for path in folder.rglob("*"))

@@ -17,6 +17,8 @@ from qwodel.checkpoint.rounding import Rounding
 from qwodel.checkpoint.source_tensor import SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.writer import FilePlan
+from qwodel.display import shown
+from qwodel.safetensors_files import checkpoint_files
 
 __all__ = ["Plan", "TensorPlan"]
 
@@ -100,6 +102,11 @@ class Plan:
         return self.weight_bytes + sum(len(text) for text in self.documents.values()) + side
 
     @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The source's files that hold weights."""
+        return (self.source,) if self.source.is_file() else tuple(checkpoint_files(self.source))
+
+    @property
     def source_bytes(self) -> int:
         """Bytes of the source tensors that will be read."""
         with UnifiedSafetensorsLoader(self.source) as reader:
@@ -122,7 +129,8 @@ class Plan:
         """Return the plan as text: a line a tensor, then the totals."""
         lines = [("tensor", "source", "shape", "becomes", "bytes", "reason")]
         lines += [
-            (name, kind, shape, to, f"{size:,}", why) for name, kind, shape, to, size, why in self.rows()
+            (shown(name), shown(kind), shape, to, f"{size:,}", shown(why))
+            for name, kind, shape, to, size, why in self.rows()
         ]
         widths = [max(len(line[column]) for line in lines) for column in range(5)]
         text = [
@@ -136,7 +144,7 @@ class Plan:
                 f"model family: {self.family}",
                 f"tensors: {counts}",
                 f"output: {self.output_bytes:,} bytes in {len(self.files)} weight file(s), {self.layout.name} layout",
-                *(f"warning: {warning}" for warning in self.warnings),
+                *(f"warning: {shown(warning)}" for warning in self.warnings),
             ]
         )
 

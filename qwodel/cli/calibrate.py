@@ -52,7 +52,7 @@ def calibrate(
       qwodel quantize ./SmolLM2-135M-Instruct -b int8 -f int8_row -O calibration_data_path=stats.safetensors
     """
     from qwodel.calibration import DEFAULT_DATASET
-    from qwodel.cli.report import human_bytes, progress_display
+    from qwodel.cli.report import human_bytes, print_path, progress_display, say
     from qwodel.exceptions import DependencyError
     from qwodel.extras import install_hint
 
@@ -75,4 +75,7 @@ def calibrate(
         path = collect_from_checkpoint(
             model, output, options, gram=not maxima_only, progress_callback=callback, overwrite=overwrite
         )
-    typer.echo(str(path) if quiet else f"{path}  ({human_bytes(path.stat().st_size)})")
+    if quiet:
+        print_path(path)
+    else:
+        say(f"{path}  ({human_bytes(path.stat().st_size)})")

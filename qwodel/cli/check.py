@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from qwodel.cli.arguments import JsonFlag
 
 __all__ = ["backend_states", "check"]
@@ -19,7 +17,7 @@ def check(json_: JsonFlag = False) -> None:
     import platform
 
     from qwodel import __version__
-    from qwodel.cli.report import human_bytes, print_json, print_table
+    from qwodel.cli.report import human_bytes, print_json, print_table, say
     from qwodel.hardware import available_memory, cpu_count, list_gpus
 
     gpus = list_gpus()
@@ -37,16 +35,16 @@ def check(json_: JsonFlag = False) -> None:
     if json_:
         print_json(facts)
         return
-    typer.echo(f"qwodel {__version__}, Python {facts['python']} on {facts['platform']}")
-    typer.echo(f"{facts['cpus']} CPUs, {human_bytes(facts['free_memory'])} memory free")
+    say(f"qwodel {__version__}, Python {facts['python']} on {facts['platform']}")
+    say(f"{facts['cpus']} CPUs, {human_bytes(facts['free_memory'])} memory free")
     for gpu in gpus:
-        typer.echo(f"GPU: {gpu.name}, {human_bytes(gpu.free)} of {human_bytes(gpu.total)} free")
+        say(f"GPU: {gpu.name}, {human_bytes(gpu.free)} of {human_bytes(gpu.total)} free")
     if not gpus:
-        typer.echo("no CUDA GPU found (AWQ will be slow; GGUF needs none)")
-    typer.echo(f"llama.cpp converter: {facts['llama_cpp']['converter']}")
+        say("no CUDA GPU found (AWQ will be slow; GGUF needs none)")
+    say(f"llama.cpp converter: {facts['llama_cpp']['converter']}")
     forward = facts["llama_cpp"]["forward"]
     if forward["works"] is not None:
-        typer.echo(f"llama.cpp forward pass: {forward['problem'] or 'works'}")
+        say(f"llama.cpp forward pass: {forward['problem'] or 'works'}")
     rows = [(s["backend"], s["state"], s["install"] or "") for s in facts["backends"]]
     print_table(["backend", "state", "to install"], rows)
 

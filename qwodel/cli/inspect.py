@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qwodel.cli.arguments import JsonFlag
+from qwodel.display import shown
 
 __all__ = ["inspect"]
 
@@ -25,11 +25,12 @@ def inspect(
     json_: JsonFlag = False,
 ) -> None:
     """Show architecture, parameters, dtypes and size; reads headers only, downloads no weights."""
-    from qwodel.cli.report import human_bytes, print_json, print_table
+    from qwodel.cli.report import human_bytes, print_json, print_table, say
     from qwodel.hub import HubModel, looks_like_hub_id
+    from qwodel.paths import exists, user_path
     from qwodel.source import inspect_source
 
-    if not Path(model).expanduser().exists() and looks_like_hub_id(model):
+    if looks_like_hub_id(model) and not exists(user_path(model)):
         facts: dict[str, Any] = HubModel(model, revision, token).describe()
         listed: list[dict[str, Any]] = facts.pop("tensor_list")
     else:
@@ -40,16 +41,16 @@ def inspect(
         print_json({**facts, "tensor_list": listed} if tensors else facts)
         return
     for key, value in facts.items():
-        shown = value
+        text = value
         if key == "weight_bytes":
-            shown = human_bytes(value)
+            text = human_bytes(value)
         elif key == "parameters" and value is not None:
-            shown = f"{value:,}"
+            text = f"{value:,}"
         elif key == "dtypes":
-            shown = ", ".join(f"{kind} {count:,}" for kind, count in value.items())
+            text = ", ".join(f"{kind} {count:,}" for kind, count in value.items())
         elif isinstance(value, list):
-            shown = ", ".join(value[:4]) + (f" … ({len(value)} files)" if len(value) > 4 else "")
-        if shown is not None:
-            typer.echo(f"{key.replace('_', ' ') + ':':<18} {shown}")
+            text = ", ".join(map(shown, value[:4])) + (f" … ({len(value)} files)" if len(value) > 4 else "")
+        if text is not None:
+            say(f"{key.replace('_', ' ') + ':':<18} {text}")
     if tensors:
         print_table(["tensor", "dtype", "shape"], [(t["name"], t["dtype"], t["shape"]) for t in listed])

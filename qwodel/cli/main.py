@@ -19,6 +19,8 @@ from qwodel.cli import calibrate, check, formats, inspect, plan, quantize, quick
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="qwodel",
     help="Make trained models small: GGUF, AWQ, CoreML, FP8, INT8, SmoothQuant and SegQuant.\n\n"
@@ -57,18 +59,28 @@ app.command("quickstart")(quickstart.quickstart)
 app.add_typer(smoothquant.app, name="smoothquant")
 
 
+def _say_interrupted() -> None:
+    from qwodel.cli.report import warn
+    from qwodel.process import ignore_interruptions
+
+    ignore_interruptions()
+    warn("interrupted; nothing was published")
+
+
 def main() -> None:
     """Run the command line; the console script's entry."""
-    import signal
+    from qwodel.process import prepare_process
 
-    # A polite kill cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    prepare_process()
     try:
         app()
     except SystemExit as stop:
-        if stop.code == 130:  # typer catches KeyboardInterrupt itself, and says nothing
-            typer.echo("interrupted; nothing was published", err=True)
+        if stop.code == _INTERRUPTED:  # typer catches KeyboardInterrupt itself, and says nothing
+            _say_interrupted()
         raise
+    except KeyboardInterrupt:
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         from qwodel.cli.report import exit_code, show_error
 

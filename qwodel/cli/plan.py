@@ -24,11 +24,12 @@ def plan(
     Example:
       qwodel plan ./SmolLM2-135M-Instruct -b int8 -f int8_row
     """
-    from qwodel.cli.report import print_json
+    from qwodel.cli.report import print_json, say
     from qwodel.quantizer import Quantizer
 
     planned = Quantizer(backend, model, **parse_options(option or [])).plan(format)
     if json_:
         print_json({"output_bytes": planned.output_bytes, "table": planned.table().splitlines()})
     else:
-        typer.echo(planned.table())
+        for line in planned.table().splitlines():
+            say(line)

@@ -50,13 +50,11 @@ def quantize(
     """
     import logging
 
-    from qwodel.cli.report import print_json, progress_display
+    from qwodel.cli.report import print_json, print_path, progress_display
+    from qwodel.process import log_to_terminal
     from qwodel.quantizer import Quantizer
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    log_to_terminal(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     if not verbose:  # its warnings repeat what our error will say
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     options = parse_options(option or [])
@@ -75,24 +73,22 @@ def quantize(
     if json_:
         print_json(info)
     elif quiet:
-        typer.echo(str(path))
+        print_path(path)
     else:
         _summary(info)
 
 
 def _summary(info: dict[str, Any]) -> None:
-    from qwodel.cli.report import human_bytes
+    from qwodel.cli.report import human_bytes, say
 
     bits = f", {info['bits_per_weight']:.2f} bits a weight" if "bits_per_weight" in info else ""
-    typer.echo(
-        f"{info['quantized_model']}  ({human_bytes(info['file_size'])}{bits}, {info['seconds']:.1f} s)"
-    )
+    say(f"{info['quantized_model']}  ({human_bytes(info['file_size'])}{bits}, {info['seconds']:.1f} s)")
     quality = [value for value in info.get("sqnr_db", {}).values() if value is not None]
     if quality:
         worst = min((value, name) for name, value in info["sqnr_db"].items() if value is not None)
-        typer.echo(f"  decoded and compared: {len(quality)} tensors, worst {worst[0]:.1f} dB ({worst[1]})")
+        say(f"  decoded and compared: {len(quality)} tensors, worst {worst[0]:.1f} dB ({worst[1]})")
     fallbacks = info.get("fallbacks") or []
     if fallbacks:
         kinds = sorted({f"{item['asked']} → {item['got']}" for item in fallbacks})
-        typer.echo(f"  {len(fallbacks)} tensors could not take the asked type: {', '.join(kinds)}")
-    typer.echo(f"  manifest: {info['manifest']}")
+        say(f"  {len(fallbacks)} tensors could not take the asked type: {', '.join(kinds)}")
+    say(f"  manifest: {info['manifest']}")

@@ -21,25 +21,28 @@ def quickstart(
     from qwodel.backends import load_backend
     from qwodel.backends.gguf.runtime import speak
     from qwodel.cache import cache_dir
-    from qwodel.cli.report import progress_display
+    from qwodel.cli.report import progress_display, say, warn
     from qwodel.demo import QUESTION, demo_model
     from qwodel.quantizer import Quantizer
 
     # The table below says what the adapter's warning would.
     logging.getLogger("GGUFQuantizer").setLevel(logging.ERROR)
     load_backend("gguf")
-    model = demo_model(cache_dir(), lambda text: typer.echo(f"• {text}", err=True))
+    model = demo_model(cache_dir(), lambda text: warn(f"• {text}"))
     with progress_display(quiet=False) as callback:
         quantizer = Quantizer("gguf", model, output_dir, callback, overwrite=True)
         path = quantizer.quantize(format)
     answer, speed = speak(path, QUESTION)
-    typer.echo(f"\nllama.cpp loads {path} and answers at {speed:.0f} tokens a second:")
-    typer.echo(f"  {QUESTION}\n  → {answer}\n")
+    typer.echo()
+    say(f"llama.cpp loads {path} and answers at {speed:.0f} tokens a second:")
+    say(f"  {QUESTION}")
+    say(f"  → {answer}")
+    typer.echo()
     _table(quantizer, model)
 
 
 def _table(quantizer: Any, model: Path) -> None:
-    from qwodel.cli.report import human_bytes, print_table
+    from qwodel.cli.report import human_bytes, print_table, say
     from qwodel.source import inspect_source
 
     source, info = inspect_source(model), quantizer.get_model_info()
@@ -62,9 +65,10 @@ def _table(quantizer: Any, model: Path) -> None:
     asked: dict[str, list[str]] = {}
     for item in fallbacks:
         asked.setdefault(f"{item['asked']} → {item['got']}", []).append(item["tensor"])
-    typer.echo(
-        f"\nllama.cpp could not give {len(fallbacks)} tensors the asked type (their rows do not divide by 256):"
+    typer.echo()
+    say(
+        f"llama.cpp could not give {len(fallbacks)} tensors the asked type (their rows do not divide by 256):"
     )
     rows = [(change, len(names), f"{names[0]} … {names[-1]}") for change, names in sorted(asked.items())]
     print_table(["type", "tensors", "from … to"], rows)
-    typer.echo(f"all of them, and how well each tensor decodes: {info['manifest']}")
+    say(f"all of them, and how well each tensor decodes: {info['manifest']}")

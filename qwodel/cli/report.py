@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from qwodel.display import shown, shown_lines
 from qwodel.exceptions import (
     BackendNotFoundError,
     CalibrationError,
@@ -22,13 +24,25 @@ from qwodel.exceptions import (
     ResourceError,
     ValidationError,
 )
+from qwodel.report import json_text
 
-__all__ = ["exit_code", "human_bytes", "print_json", "print_table", "progress_display", "show_error"]
+__all__ = [
+    "exit_code",
+    "human_bytes",
+    "print_json",
+    "print_path",
+    "print_table",
+    "progress_display",
+    "say",
+    "show_error",
+    "warn",
+]
 
-_CODES: Sequence[tuple[tuple[type[QuantizationError], ...], int]] = (
+_MESSAGE = 300  # characters of a progress message
+_CODES: Sequence[tuple[tuple[type[Exception], ...], int]] = (
     ((ValidationError, ConfigurationError, BackendNotFoundError), 2),
     ((DependencyError,), 3),
-    ((ResourceError,), 4),
+    ((ResourceError, MemoryError), 4),
     ((CalibrationError,), 5),
     ((Cancelled,), 130),
 )
@@ -39,23 +53,45 @@ def exit_code(error: BaseException) -> int:
     return next((code for kinds, code in _CODES if isinstance(error, kinds)), 1)
 
 
+def say(text: object) -> None:
+    """Print text on standard output, made safe for a terminal."""
+    typer.echo(shown_lines(text))
+
+
+def warn(text: object, *, colour: str | None = None) -> None:
+    """Print text on standard error, made safe for a terminal; where nobody listens any more, nothing happens."""
+    with suppress(OSError):
+        typer.secho(shown_lines(text), fg=colour if sys.stderr.isatty() else None, err=True)
+
+
+def print_path(path: Path) -> None:
+    """Print a path alone: safe on a terminal, and in a pipe exactly what a script needs to find it."""
+    if sys.stdout.isatty():
+        say(path)
+    else:
+        typer.echo(os.fsencode(path))
+
+
 def show_error(error: BaseException, *, verbose: bool) -> bool:
-    """Print a qwodel error as cause and hint; return whether it was one."""
+    """Print an error as cause and hint; return whether it was one of ours, or of memory."""
+    if isinstance(error, MemoryError):
+        error = ResourceError("memory ran out", hint="free some memory, or use a larger machine")
     if not isinstance(error, QuantizationError):
         return False
     if verbose:
-        traceback.print_exception(error)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            warn(line)
         for line in getattr(error.__cause__, "lines", ()):
-            typer.echo(f"  | {line}", err=True)
-    typer.secho(f"error: {error}", fg="red" if sys.stderr.isatty() else None, err=True)
+            warn(f"  | {line}")
+    warn(f"error: {error}", colour="red")
     if error.hint:
-        typer.echo(f"hint: {error.hint}", err=True)
+        warn(f"hint: {error.hint}")
     return True
 
 
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON on standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    typer.echo(json_text(value))
 
 
 def print_table(
@@ -65,14 +101,16 @@ def print_table(
     if not sys.stdout.isatty():
         typer.echo("\t".join(columns))
         for row in rows:
-            typer.echo("\t".join(str(cell) for cell in row))
+            typer.echo("\t".join(shown(cell) for cell in row))
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*columns, title=title, title_justify="left", header_style="bold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        # Text is taken as it is: a cell like [/nope] is no markup.
+        table.add_row(*(Text(shown(cell)) for cell in row))
     Console().print(table)
 
 
@@ -121,7 +159,7 @@ def _live_bar() -> Iterator[Callable[[int, str, str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
         task = bar.add_task("", total=100, stage="resolve")
         yield lambda percent, stage, message: bar.update(
-            task, completed=percent, stage=stage, description=message
+            task, completed=percent, stage=stage, description=shown(message, _MESSAGE)
         )
 
 
@@ -136,4 +174,4 @@ class _PlainLines:
         if stage == self._stage and percent // 10 == self._tenth and now - self._when < 30:
             return
         self._stage, self._tenth, self._when = stage, percent // 10, now
-        typer.echo(f"{percent:3d} % {stage}: {message}", err=True)
+        warn(f"{percent:3d} % {stage}: {shown(message, _MESSAGE)}")

@@ -16,8 +16,11 @@ from qwodel.checkpoint.plan import Plan
 from qwodel.checkpoint.planning import build_plan
 from qwodel.checkpoint.verify import LayerQuality, verify
 from qwodel.exceptions import ValidationError
+from qwodel.hashes import SourceFiles
 from qwodel.int8.recipe import Int8Arguments
 from qwodel.output import StagedOutput, disk_errors, require_space
+from qwodel.report import envelope, source_facts
+from qwodel.side_files import files_beside
 
 __all__ = ["Int8Conversion", "convert_to_int8", "plan_int8"]
 
@@ -153,18 +156,31 @@ def convert_to_int8(
     executor = executor_for(arguments.device(), arguments.workers(), arguments.streaming())
     plan = _plan(Path(input_file), target, arguments)
     log.info("model family: %s", plan.family)
-    with StagedOutput(target, overwrite=True) as output, disk_errors(f"writing {target.name}"):
+    source = Path(input_file)
+    with (
+        StagedOutput(target, overwrite=True) as output,
+        SourceFiles(plan.weight_files, files_beside(source) if source.is_dir() else ()) as files,
+        disk_errors(f"writing {target.name}"),
+    ):
         require_space(output.scratch, plan.output_bytes, f"making {target.name}")
         conversion = convert(plan, output.path, executor=executor)
         quality = verify(conversion, executor=make_executor(arguments.workers()))
+        report = {
+            "input": str(input_file),
+            "quality": [layer.as_dict() for layer in quality],
+            "warnings": list(plan.warnings),
+            "fell_back_to_cpu": list(conversion.fell_back),
+            "rounding": conversion.reports,
+        }
         output.publish(
-            {
-                "input": str(input_file),
-                "quality": [layer.as_dict() for layer in quality],
-                "warnings": list(plan.warnings),
-                "fell_back_to_cpu": list(conversion.fell_back),
-                "rounding": {layer: asdict(report) for layer, report in conversion.reports.items()},
-            }
+            envelope(
+                backend="int8",
+                format=str(plan.recipe.format),
+                source=source_facts(source, files.settled()),
+                recipe=asdict(arguments),
+                packages=("torch", "safetensors"),
+                report=report,
+            )
         )
     below = _report(quality, quality_threshold, report_quality)
     return Int8Conversion(target, quality, below, plan.warnings, conversion.fell_back, conversion.reports)

@@ -13,6 +13,7 @@ from torch import nn
 
 from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport
 from qwodel.algorithms.gram import InputStatistics
+from qwodel.calibration import describe_dataset
 from qwodel.checkpoint.code_store import CodeStore
 from qwodel.checkpoint.dequantize_sources import resolve_sources
 from qwodel.checkpoint.plan import Plan, TensorPlan
@@ -24,6 +25,7 @@ from qwodel.checkpoint.tensor_work import weight_rows
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
 from qwodel.exhaustion import exhausted
 from qwodel.hardware import return_free_memory
+from qwodel.hashes import SourceFiles
 from qwodel.modeling.blockwise import quantize_blockwise, round_stored
 from qwodel.modeling.calibration_batches import CalibrationOptions, calibration_batches
 from qwodel.modeling.collect import collect_blockwise, kept_statistics
@@ -31,6 +33,8 @@ from qwodel.modeling.lazy_model import LazyModel, config_of, open_lazily
 from qwodel.modeling.model_blocks import ModelBlocks
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.progress import Progress, ProgressCallback
+from qwodel.report import envelope, json_safe, source_facts
+from qwodel.side_files import files_beside
 
 __all__ = ["collect_from_checkpoint", "find_codes", "open_checkpoint"]
 
@@ -136,6 +140,7 @@ def collect_from_checkpoint(
     with (
         StagedOutput(path, overwrite=overwrite) as output,
         UnifiedSafetensorsLoader(folder, low_memory=True) as reader,
+        SourceFiles(reader.files, files_beside(Path(folder))) as files,
         disk_errors(f"collecting statistics for {path}"),
     ):
         progress.stage("calibrate", "reading the calibration text")
@@ -149,7 +154,19 @@ def collect_from_checkpoint(
             described = collect_blockwise(blocks, batches, output.scratch, progress, gram=gram)
         progress.stage("publish", path.name)
         write_statistics(output.path, kept_statistics(described, output.scratch), described)
-        output.publish({"layers": {entry.layers[0]: entry.count for entry in described}})
+        output.publish(
+            envelope(
+                backend="calibrate",
+                format="statistics",
+                source=source_facts(Path(folder), files.settled()),
+                recipe={
+                    **json_safe(replace(calibration, dataset=describe_dataset(calibration.dataset))),
+                    "gram": gram,
+                },
+                packages=("torch", "transformers", "safetensors"),
+                report={"layers": {entry.layers[0]: entry.count for entry in described}},
+            )
+        )
     progress.complete(str(path))
     return path
 

@@ -20,6 +20,7 @@ from qwodel.modeling.recorder import InputGroup, InputRecorder, LayerId, is_fuse
 from qwodel.modeling.stepwise import Arrival
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.progress import Progress, ProgressCallback
+from qwodel.report import envelope
 
 __all__ = ["collect_blockwise", "collect_statistics", "kept_statistics", "run_batch"]
 
@@ -99,7 +100,16 @@ def collect_statistics(
         progress.stage("publish", target.name)
         described = [_entry(group, gram) for group in groups]
         write_statistics(output.path, _results(groups, described), described)
-        output.publish({"layers": {entry.layers[0]: entry.count for entry in described}, "batches": count})
+        output.publish(
+            envelope(
+                backend="calibrate",
+                format="statistics",
+                source={"name": type(module).__name__, "sha256": {}},
+                recipe={"gram": gram},
+                packages=("torch", "safetensors"),
+                report={"layers": {entry.layers[0]: entry.count for entry in described}, "batches": count},
+            )
+        )
     progress.complete(str(target))
     return target
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from qwodel.segquant.recording import generate_calibrate_set
 from qwodel.segquant.report import QuantizationReport
 from qwodel.segquant.samplers import UniformSampler
 from qwodel.segquant.storage import load_quantized, save_quantized
+from qwodel.side_files import copy_side_files, side_files
 from qwodel.source import ModelSource
 
 __all__ = ["Denoiser"]
@@ -123,12 +123,10 @@ class Denoiser:
 
     def save(self, path: Path, *, max_shard_size: int) -> dict[str, Any]:
         """Write the model, or the pipeline with it, and all side files; return the bits a weight takes."""
-        left = shutil.ignore_patterns(".*") if self.folder else shutil.ignore_patterns(".*", *_WEIGHTS)
-        shutil.copytree(self.source.path, path, ignore=left)
         target = path / self.folder
-        for pattern in _WEIGHTS:
-            for file in target.glob(pattern):
-                file.unlink()
+        target.mkdir(parents=True)
+        replaced = {file for pattern in _WEIGHTS for file in (self.source.path / self.folder).glob(pattern)}
+        copy_side_files(side_files(self.source.path, pipeline=bool(self.folder), quantized=replaced), path)
         save_quantized(self.model, target, max_shard_size=max_shard_size)
         stored = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         return {"bits_per_weight": round(stored * 8 / max(self.source.parameters, 1), 3)}

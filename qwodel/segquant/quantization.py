@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwodel.display import shown
 from qwodel.exceptions import ValidationError
 from qwodel.modeling.patterns import Patterns, find_patterns
 from qwodel.segquant.batches import Call, calls_of, run_call
@@ -61,8 +62,8 @@ def quantize(
     report = quantize_model(target, calib_data_loader, config, per_layer_mode=per_layer_mode, example=example)
     if verbose:
         if report.patterns is not None:
-            print(report.patterns.table())
-        print(report.table())
+            print(*map(shown, report.patterns.table().splitlines()), sep="\n")
+        print(*map(shown, report.table().splitlines()), sep="\n")
     return target
 
 

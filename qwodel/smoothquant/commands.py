@@ -13,7 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from qwodel.display import shown, shown_lines
 from qwodel.exceptions import ConfigurationError, QuantizationError
+from qwodel.process import prepare_process
 
 __all__ = ["TOOLS", "application", "export_int8_model", "generate_act_scales", "main_of", "ppl_eval"]
 
@@ -50,7 +52,7 @@ def generate_act_scales(
         model, _grouped(texts, per_gpu_batch_size), num_samples, tokenizer=tokenizer, seq_len=seq_len
     )
     path = save_activation_scales(scales, output_path)
-    typer.echo(f"{path}  ({len(scales)} layers)")
+    typer.echo(shown(f"{path}  ({len(scales)} layers)"))
 
 
 def export_int8_model(
@@ -68,19 +70,33 @@ def export_int8_model(
     The directory is in the compressed-tensors format (int-quantized); transformers, vLLM and
     Int8ForCausalLM load it.
     """
+    from qwodel.hashes import SourceFiles
     from qwodel.output import StagedOutput
     from qwodel.progress import Progress
+    from qwodel.report import envelope, source_facts
+    from qwodel.side_files import files_beside
     from qwodel.smoothquant.export import export_w8a8, report_of
     from qwodel.smoothquant.export_options import ExportOptions
     from qwodel.smoothquant.int8_model import local_folder
+    from qwodel.source import inspect_source
 
     source = local_folder(model_path)
+    weights = inspect_source(source).weight_files
     options = ExportOptions(alpha=alpha, rotations="none", act_scales=act_scales_path)
-    with StagedOutput(output_path) as output:
+    with StagedOutput(output_path) as output, SourceFiles(weights, files_beside(source)) as files:
         exported = export_w8a8(source, output.path, output.scratch, options, Progress(None))
-        output.publish({"backend": "smoothquant", "format": "w8a8_dynamic", **report_of(exported)})
+        output.publish(
+            envelope(
+                backend="smoothquant",
+                format="w8a8_dynamic",
+                source=source_facts(source, files.settled()),
+                recipe={"act_scales": act_scales_path, "alpha": alpha},
+                packages=("torch", "transformers", "safetensors"),
+                report=report_of(exported),
+            )
+        )
     errors = ", ".join(f"{name} {value:.2g}" for name, value in exported.logits.items())
-    typer.echo(f"{output_path}  ({len(exported.quality)} layers; relative errors of logits: {errors})")
+    typer.echo(shown(f"{output_path}  ({len(exported.quality)} layers; relative errors of logits: {errors})"))
 
 
 def ppl_eval(
@@ -142,12 +158,13 @@ def application(name: str) -> typer.Typer:
 
 def main_of(name: str) -> None:
     """Run a tool as a program: errors are printed as cause and hint, with exit code 2."""
+    prepare_process()
     try:
         application(name)()
     except QuantizationError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(shown_lines(f"error: {error}"), err=True)
         if error.hint:
-            typer.echo(f"hint: {error.hint}", err=True)
+            typer.echo(shown_lines(f"hint: {error.hint}"), err=True)
         sys.exit(2)
 
 

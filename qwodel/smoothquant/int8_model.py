@@ -18,7 +18,9 @@ from qwodel.modeling.lazy_model import config_of, open_lazily
 from qwodel.modules.int8_experts import Int8Experts
 from qwodel.modules.int8_linear import Int8Linear
 from qwodel.output import StagedOutput, disk_errors
+from qwodel.paths import exists, user_path
 from qwodel.progress import Progress
+from qwodel.report import envelope
 from qwodel.smoothquant.int8_loading import (
     OWN_FORMAT,
     Described,
@@ -181,7 +183,16 @@ class Int8ForCausalLM(nn.Module):
             (output.path / "config.json").write_text(text, "utf-8")
             if getattr(self.model, "generation_config", None) is not None:
                 self.model.generation_config.save_pretrained(output.path)
-            output.publish({"format": OWN_FORMAT, "layers": len(layers)})
+            output.publish(
+                envelope(
+                    backend="smoothquant",
+                    format=OWN_FORMAT,
+                    source={"name": type(self.model).__name__, "sha256": {}},
+                    recipe={},
+                    packages=("torch", "transformers", "safetensors"),
+                    report={"layers": len(layers)},
+                )
+            )
         return target
 
 
@@ -191,10 +202,10 @@ def local_folder(model_id: str, revision: str | None = None, token: str | None =
     Raises:
         ValidationError: it is not there.
     """
-    folder = Path(model_id).expanduser()
+    folder = user_path(model_id)
     if folder.is_dir():
         return folder
-    if folder.exists() or not looks_like_hub_id(model_id):
+    if exists(folder) or not looks_like_hub_id(model_id):
         raise ValidationError(
             f"{model_id} is no model directory", hint="give a directory or a hub id (owner/name)"
         )

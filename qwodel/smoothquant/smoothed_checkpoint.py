@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwodel.checkpoint.model_directory import ModelDirectory
 from qwodel.exceptions import ConversionError, ValidationError
 from qwodel.process_state import MODEL_BUILDING
+from qwodel.side_files import copy_side_files, side_files
 from qwodel.smoothquant.int8_loading import checkpoint_dtype
 from qwodel.smoothquant.simulate import quantizable_layers
 from qwodel.smoothquant.stacked_experts import EXPERT_WEIGHTS, stacked_experts
@@ -73,9 +73,7 @@ def save_smoothed(model: Any, source: Path, folder: Path, config: Mapping[str, A
         if not (tied and value.data_ptr() == head.weight.data_ptr() and name.startswith(name_of(model, head)))
     }
     model.save_pretrained(folder, state_dict=state)
-    for name, path in ModelDirectory.of(source).side_files().items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
+    copy_side_files(side_files(source), folder)
     shutil.copyfile(source / "config.json", folder / "config.json")
 
 

@@ -24,6 +24,7 @@ from qwodel.exceptions import (
 )
 from qwodel.hardware import CalibrationSizes, Fitted, available_memory, list_gpus, with_backoff
 from qwodel.output import require_space
+from qwodel.side_files import copy_side_files, side_files
 from qwodel.source import ModelSource
 
 __all__ = ["AWQQuantizer"]
@@ -133,14 +134,10 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
 
         from qwodel.backends.awq.compress import PROBE_TOKENS
         from qwodel.backends.awq.verify import account, check_fused_layers, check_logits, stored_tensors
-        from qwodel.checkpoint.model_directory import ModelDirectory
 
         outcome, options, folder = fitted.value, job.options, job.output.path
         job.progress.stage("verify", "reading the directory back")
-        for name, path in ModelDirectory.of(job.source.path).side_files().items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        copy_side_files(side_files(job.source.path), folder)
         fused = check_fused_layers(folder, outcome.quantized)
         fate = account(job.source, folder)
         _check_ties(job.source, folder)

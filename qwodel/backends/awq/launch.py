@@ -23,6 +23,7 @@ import qwodel.exceptions
 from qwodel.backends.awq.bridge import Report
 from qwodel.backends.awq.compress import Compression, Outcome, compress
 from qwodel.backends.awq.options import AWQOptions
+from qwodel.children import child_environment, module_command
 from qwodel.exceptions import ConversionError, QuantizationError
 from qwodel.hardware import is_out_of_memory
 from qwodel.process_state import AWQ_RUN
@@ -97,11 +98,12 @@ def _join_processes() -> None:
 
 def _supervise(nproc: int, folder: Path, report: Report) -> None:
     """Start torchrun, forward progress, and leave no process behind."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}",
+    command = module_command(
+        "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}",
         "-m", "qwodel.backends.awq.launch", str(folder), str(os.getpid()),
-    ]  # fmt: skip
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    )  # fmt: skip
+    # torchrun starts the ranks with this environment, and without -P.
+    environment = child_environment({"TOKENIZERS_PARALLELISM": "false"})
     environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))
     output = folder / "output.txt"
     with output.open("wb") as stream:

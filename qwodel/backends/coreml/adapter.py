@@ -48,8 +48,10 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         from qwodel.backends.coreml.dimensions import check_options, text_dimensions
         from qwodel.backends.coreml.mil.evaluate import known_operations
         from qwodel.backends.coreml.models import Kind
-        from qwodel.backends.coreml.programs import check_examples
+        from qwodel.backends.coreml.programs import check_examples, check_trust
 
+        if source.input_format in _PROGRAMS:
+            check_trust(source, options)
         resolve(spec.name, options)
         kind = _kind(source)
         check_options(kind, options)
@@ -73,7 +75,7 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
     def run(self, job: Job[CoreMLOptions]) -> None:
         from qwodel.backends.coreml.build import build
         from qwodel.backends.coreml.mil.program import Program
-        from qwodel.backends.coreml.package import copy_side_files, write_package
+        from qwodel.backends.coreml.package import copy_beside, write_package
         from qwodel.backends.coreml.verify import verify
         from qwodel.backends.coreml.weights import unplaced, weights_of
 
@@ -97,7 +99,7 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
             "compute_units": job.options.compute_units,
             "tokens": built.dimensions.longest or None,
             "parameters": built.parameters,
-            "side_files": copy_side_files(job.source, job.output.path),
+            "side_files": copy_beside(job.source, job.output.path),
             "unplaced": unplaced(weights, built.source),
         }
         verify(job, recipe, built, original, weights, package, self.log)

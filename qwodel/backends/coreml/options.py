@@ -74,6 +74,10 @@ class CoreMLOptions(BackendOptions):
         exclude=True,
         description="Inputs of a TorchScript file: tensors, or a file of them (.pt, .safetensors, .npz).",
     )
+    trust_program: bool = Field(
+        False,
+        description="Open a TorchScript file or a .pt2, which can run code: only where you trust who made it.",
+    )
     trust_remote_code: bool = Field(
         False,
         description="Run the Python code that comes with a model whose class transformers does not have.",

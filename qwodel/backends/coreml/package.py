@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from qwodel.backends.coreml.build import Built
 from qwodel.backends.coreml.formats import Recipe
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.toolchain import record_log
-from qwodel.checkpoint.model_directory import ModelDirectory
+from qwodel.side_files import copy_side_files, side_files, stays_inside
 from qwodel.source import ModelSource
 
-__all__ = ["copy_side_files", "licence_of", "write_package"]
+__all__ = ["copy_beside", "licence_of", "write_package"]
 
 
 def write_package(model: Any, package: Path, job: Job[CoreMLOptions], recipe: Recipe, built: Built) -> None:
@@ -64,13 +63,15 @@ def licence_of(path: Path) -> str | None:
     if not path.is_dir():
         return None
     card = path / "README.md"
-    if card.is_file():
+    if card.is_file() and stays_inside(card, path):
         text = card.read_text("utf-8", errors="replace")
         front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
         stated = re.search(r"^license:\s*(\S+)\s*$", front[1], re.MULTILINE) if front else None
         if stated:
             return stated[1].strip("'\"")
     for file in sorted(path.glob("LICEN[SC]E*")):
+        if not file.is_file() or not stays_inside(file, path):
+            continue
         lines = [
             line.strip() for line in file.read_text("utf-8", errors="replace").splitlines() if line.strip()
         ]
@@ -79,14 +80,13 @@ def licence_of(path: Path) -> str | None:
     return None
 
 
-def copy_side_files(source: ModelSource, folder: Path) -> list[str]:
+def copy_beside(source: ModelSource, folder: Path) -> list[str]:
     """Copy configuration, tokenizer, processor, chat template and licence; return their names."""
-    directory = ModelDirectory.of(source.path)
-    files = directory.side_files() if source.path.is_dir() else {}
-    if source.path.is_dir() and (source.path / "config.json").is_file():
-        files = {**files, "config.json": source.path / "config.json"}
-    for name, path in files.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    if not source.path.is_dir():
+        return []
+    files = side_files(source.path)
+    config = source.path / "config.json"
+    if config.is_file() and stays_inside(config, source.path):
+        files["config.json"] = config
+    copy_side_files(files, folder)
     return sorted(files)

@@ -11,10 +11,11 @@ import torch
 
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.wrappers import Input
-from qwodel.exceptions import ConfigurationError, ConversionError
-from qwodel.source import ModelSource
+from qwodel.exceptions import ConfigurationError, ConversionError, ValidationError
+from qwodel.paths import user_path
+from qwodel.source import INPUT_FORMATS, ModelSource
 
-__all__ = ["LoadedProgram", "check_examples", "load_program"]
+__all__ = ["LoadedProgram", "check_examples", "check_trust", "load_program"]
 
 
 _EXAMPLES = (
@@ -22,12 +23,32 @@ _EXAMPLES = (
 )
 
 
+_WHAT_RUNS = {
+    "exported": "torch.export.load unpickles its sample inputs and evaluates its expressions as Python",
+    "torchscript": "its functions may write and read files (aten::save, aten::from_file), the first as torch.jit.load opens it",
+}
+
+
+def check_trust(source: ModelSource, options: CoreMLOptions) -> None:
+    """Raise ValidationError for a program whose maker the user does not say to trust.
+
+    torch has no way to open either kind without running what is in it.
+    """
+    if not options.trust_program:
+        raise ValidationError(
+            f"{source.given} is {INPUT_FORMATS[source.input_format]}, and opening it can run code: "
+            f"{_WHAT_RUNS[source.input_format]}",
+            hint="if you made it, or trust who did, pass trust_program=True (-O trust_program=true); else give "
+            "the model's directory with safetensors",
+        )
+
+
 def check_examples(options: CoreMLOptions) -> None:
     """Raise ConfigurationError where nothing says what a TorchScript file takes, and read what does."""
     if options.example_inputs is None and "input_shape" not in options.model_fields_set:
         raise ConfigurationError("a TorchScript file needs example_inputs", hint=_EXAMPLES)
     if isinstance(options.example_inputs, str):
-        _read(Path(options.example_inputs).expanduser())
+        _read(user_path(options.example_inputs, "file of example_inputs"))
 
 
 class LoadedProgram:
@@ -52,9 +73,11 @@ def load_program(source: ModelSource, options: CoreMLOptions) -> LoadedProgram:
     """Load a TorchScript file or an exported program in evaluation mode.
 
     Raises:
+        ValidationError: the file is not said to be trusted.
         ConfigurationError: no example inputs are given, or they do not fit the program.
         ConversionError: torch cannot load the file.
     """
+    check_trust(source, options)
     file = source.weight_files[0]
     try:
         if source.input_format == "torchscript":
@@ -80,7 +103,7 @@ def _examples(names: list[str], stored: tuple[Any, ...], options: CoreMLOptions)
     clean = [re.sub(r"\W", "_", name) for name in names]
     given = options.example_inputs
     if isinstance(given, str):
-        given = _read(Path(given).expanduser())
+        given = _read(user_path(given, "file of example_inputs"))
     if given is None and stored:
         given = stored
     if given is None and len(clean) == 1 and "input_shape" in options.model_fields_set:

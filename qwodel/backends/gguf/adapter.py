@@ -121,6 +121,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
                 job.format.name,
             )
         if kept is not None:
+            job.files.check()
             origin[0].replace(kept)
             job.report["intermediate"] = str(kept)
 

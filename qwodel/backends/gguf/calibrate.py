@@ -93,7 +93,7 @@ def _compute(job: Job[GGUFOptions], model: Path) -> Path:
     job.progress.stage("calibrate", f"reading {name}")
     text = job.output.scratch / "calibration.txt"
     digest = _write_text(job, text)
-    for value in (options.seq_length, options.num_samples, *sorted(job.hashes.result().values())):
+    for value in (options.seq_length, options.num_samples, *sorted(job.files.hashes.result().values())):
         digest.update(f"\n{value}".encode())
     kept = job.output.final.with_name(f"{job.source.name}.imatrix-{digest.hexdigest()[:12]}.gguf")
     if kept.is_file():
@@ -123,6 +123,7 @@ def _compute(job: Job[GGUFOptions], model: Path) -> Path:
             f"no importance matrix from {name}: {failure}",
             hint="give more or other text, or a shorter seq_length",
         ) from failure
+    job.files.check()  # the name it is kept under holds the hashes of the source
     # Hours of work on a large model: kept whatever becomes of this run.
     target.replace(kept)
     return kept

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from qwodel.children import child_environment, module_command
 from qwodel.exceptions import ConversionError, ResourceError
 
 __all__ = ["NativeFailure", "run_worker"]
@@ -69,16 +70,16 @@ def run_worker(
         Exception: whatever a callback raised, after the child has been killed.
     """
     reader, writer = os.pipe()
-    env = dict(os.environ, PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false")
+    env = child_environment({"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"})
     if offline:
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "qwodel.backends.gguf.worker", task, str(writer)],
+        module_command("qwodel.backends.gguf.worker", task, str(writer)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=(writer,),
-        env=env | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=env,
         start_new_session=True,
     )
     os.close(writer)

@@ -25,7 +25,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwodel.cache import cache_dir
+from qwodel.children import child_environment, module_command
 from qwodel.exceptions import DependencyError, ValidationError, did_you_mean
+from qwodel.paths import user_path
 
 __all__ = ["Converter", "converter", "installed_converter", "lay_converter", "lock"]
 
@@ -101,7 +103,7 @@ def installed_converter() -> Converter | None:
     """
     given = os.environ.get("QWODEL_LLAMA_CPP")
     if given:
-        root = Path(given).expanduser()
+        root = user_path(given, "llama.cpp checkout (QWODEL_LLAMA_CPP)")
         if not (root / _SCRIPT).is_file():
             raise DependencyError(
                 f"QWODEL_LLAMA_CPP is {root}, which has no {_SCRIPT}", hint="point it at a llama.cpp checkout"
@@ -147,15 +149,15 @@ def _download(folder: Path) -> Path:
     """Fetch the locked archive through pip, so that mirrors and proxies work as configured."""
     hint = (
         f"connect once and try again; or fetch {lock()['archive']} elsewhere and run "
-        f"`python -m qwodel.backends.gguf.toolchain {lock()['archive']}`; or set QWODEL_LLAMA_CPP to a llama.cpp checkout"
+        f"`python -P -m qwodel.backends.gguf.toolchain {lock()['archive']}`; or set QWODEL_LLAMA_CPP to a llama.cpp checkout"
     )
     if find_spec("pip") is None:
         raise DependencyError(
             "llama.cpp's converter is not here, and this environment has no pip to fetch it", hint=hint
         )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = module_command("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
     command += ["--no-binary", ":all:", "--dest", str(folder), str(lock()["requirement"])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
     archive = folder / str(lock()["archive"])
     if done.returncode != 0 or not archive.is_file():
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
@@ -203,7 +205,7 @@ def _merge(source: Path, target: Path) -> None:
 
 def _main() -> None:
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m qwodel.backends.gguf.toolchain ARCHIVE")
+        sys.exit("usage: python -P -m qwodel.backends.gguf.toolchain ARCHIVE")
     print(lay_converter(Path(sys.argv[1]), _home()).root)
 
 

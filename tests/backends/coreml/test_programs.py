@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +15,9 @@ from torch import nn
 
 from qwodel import Quantizer
 from qwodel.backends.coreml.mil.weight_file import unpack_bits
-from qwodel.exceptions import ConfigurationError, ConversionError
+from qwodel.backends.coreml.options import CoreMLOptions
+from qwodel.backends.coreml.programs import load_program
+from qwodel.exceptions import ConfigurationError, ConversionError, ValidationError
 from qwodel.source import inspect_source
 from tests.backends.coreml.runs import make
 
@@ -48,7 +54,12 @@ def test_a_torchscript_file(network: nn.Module, tmp_path: Path) -> None:
     torch.jit.trace(network, example).save(str(tmp_path / "net.pt"))
     assert inspect_source(tmp_path / "net.pt").input_format == "torchscript"
     made = make(
-        tmp_path / "net.pt", tmp_path / "out", "float16", example_inputs=example, weight_threshold=512
+        tmp_path / "net.pt",
+        tmp_path / "out",
+        "float16",
+        example_inputs=example,
+        weight_threshold=512,
+        trust_program=True,
     )
     assert made.info["evaluated"]["relative_error"] < 5e-3
     other = torch.randn(1, 3, 32, 32)
@@ -66,7 +77,7 @@ def test_example_inputs_from_files(network: nn.Module, tmp_path: Path) -> None:
     for file in ("inputs.pt", "inputs.npz"):
         made = make(
             tmp_path / "net.pt", tmp_path / file.replace(".", "-"), "int8_symmetric",
-            example_inputs=tmp_path / file, weight_threshold=512,
+            example_inputs=tmp_path / file, weight_threshold=512, trust_program=True,
         )  # fmt: skip
         assert made.info["compressed"] == {"constexpr_affine_dequantize": 2}
         assert made.info["evaluated"]["cosine"] > 0.99
@@ -77,7 +88,7 @@ def test_an_exported_program_brings_its_inputs(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 32)).eval()
     torch.export.save(torch.export.export(module, (torch.randn(2, 64),)), tmp_path / "m.pt2")
     assert inspect_source(tmp_path / "m.pt2").input_format == "exported"
-    made = make(tmp_path / "m.pt2", tmp_path / "out", "int4", group_size=8)
+    made = make(tmp_path / "m.pt2", tmp_path / "out", "int4", group_size=8, trust_program=True)
     assert made.info["evaluated"]["cosine"] > 0.95
     assert set(made.info["sqnr_db"]) == {"0.weight", "3.weight"}
 
@@ -85,7 +96,7 @@ def test_an_exported_program_brings_its_inputs(tmp_path: Path) -> None:
 def test_a_program_without_inputs_is_refused_before_work(network: nn.Module, tmp_path: Path) -> None:
     torch.jit.trace(network, torch.randn(1, 3, 32, 32)).save(str(tmp_path / "net.pt"))
     with pytest.raises(ConfigurationError, match="needs example_inputs") as caught:
-        Quantizer("coreml", tmp_path / "net.pt", tmp_path / "out").quantize("float16")
+        Quantizer("coreml", tmp_path / "net.pt", tmp_path / "out", trust_program=True).quantize("float16")
     assert "input_shape" in (caught.value.hint or "")
     for given, message in (
         (str(tmp_path / "none.pt"), "does not exist"),
@@ -93,10 +104,84 @@ def test_a_program_without_inputs_is_refused_before_work(network: nn.Module, tmp
         ([torch.ones(1), torch.ones(1)], "has 2 tensors, and the program takes 1"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            Quantizer("coreml", tmp_path / "net.pt", tmp_path / "out", example_inputs=given).quantize(
-                "float16"
-            )
+            make(tmp_path / "net.pt", tmp_path / "out", "float16", example_inputs=given, trust_program=True)
     assert not (tmp_path / "out").exists()
+
+
+class _Runs:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_an_exported_program_is_opened_only_where_it_is_trusted(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(4, 4), (torch.ones(2, 4),)), tmp_path / "plain.pt2")
+    pickled = io.BytesIO()
+    torch.save(_Runs(tmp_path / "ran"), pickled)
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt2") as plain,
+        zipfile.ZipFile(tmp_path / "evil.pt2", "w") as evil,
+    ):
+        for name in plain.namelist():
+            changed = name.endswith("sample_inputs/model.pt")
+            evil.writestr(name, pickled.getvalue() if changed else plain.read(name))
+    with pytest.raises(ValidationError, match="unpickles its sample inputs") as caught:
+        make(tmp_path / "evil.pt2", tmp_path / "out", "float16")
+    assert "-O trust_program=true" in (caught.value.hint or "")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValidationError, match="can run code"):
+        load_program(inspect_source(tmp_path / "evil.pt2"), CoreMLOptions())
+
+
+class _Writes(nn.Module):
+    """A TorchScript module may write any file: here when it is loaded."""
+
+    def __init__(self, mark: str) -> None:
+        super().__init__()
+        self.mark = mark
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.mark, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.mark = state[0]
+        self.training = state[1]
+        self.layer = nn.Linear(4, 4)
+        torch.save(torch.ones(1), state[0])
+
+
+def test_torchscript_that_writes_files_when_it_is_opened_is_refused(tmp_path: Path) -> None:
+    mark = tmp_path / "written"
+    torch.jit.script(nn.Sequential(nn.Linear(8, 8))).save(str(tmp_path / "net.pt"))
+    with pytest.raises(ValidationError, match="may write and read files") as caught:
+        make(tmp_path / "net.pt", tmp_path / "out", "float16", input_shape=(1, 8))
+    assert "trust_program=True" in (caught.value.hint or "")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_example_inputs_cannot_run_code(network: nn.Module, tmp_path: Path, suffix: str) -> None:
+    torch.jit.trace(network, torch.randn(1, 3, 32, 32)).save(str(tmp_path / "net.pt"))
+    file = tmp_path / f"inputs{suffix}"
+    if suffix == ".pt":
+        torch.save(_Runs(tmp_path / "ran"), file)
+    else:
+        np.savez(file, x=np.array([_Runs(tmp_path / "ran")], dtype=object))
+    for given in (file, tmp_path / "net.pt"):
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            make(tmp_path / "net.pt", tmp_path / "out", "float16", example_inputs=given, trust_program=True)
+    assert not (tmp_path / "ran").exists()
 
 
 class _Spectrum(nn.Module):
@@ -110,7 +195,7 @@ def test_an_operator_that_does_not_convert_is_named_with_its_module(tmp_path: Pa
     with pytest.raises(
         ConversionError, match=r"cannot convert the operator special_i0e \(in 1\.1, a _Spectrum\)"
     ) as caught:
-        make(tmp_path / "odd.pt", tmp_path / "out", "float16", input_shape=(1, 8))
+        make(tmp_path / "odd.pt", tmp_path / "out", "float16", input_shape=(1, 8), trust_program=True)
     assert "register_torch_op" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
 
@@ -124,10 +209,17 @@ def test_an_operation_that_cannot_be_evaluated_is_reported(tmp_path: Path) -> No
     torch.jit.trace(nn.Sequential(nn.Linear(8, 8), _Best()).eval(), torch.randn(1, 8)).save(
         str(tmp_path / "top.pt")
     )
-    made = make(tmp_path / "top.pt", tmp_path / "out", "float16", input_shape=(1, 8))
+    made = make(tmp_path / "top.pt", tmp_path / "out", "float16", input_shape=(1, 8), trust_program=True)
     assert made.info["evaluated"] == {"skipped": "the evaluator does not know topk"}
     with pytest.raises(ConversionError, match="does not know topk"):
-        make(tmp_path / "top.pt", tmp_path / "other", "float16", input_shape=(1, 8), evaluate=True)
+        make(
+            tmp_path / "top.pt",
+            tmp_path / "other",
+            "float16",
+            input_shape=(1, 8),
+            evaluate=True,
+            trust_program=True,
+        )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
