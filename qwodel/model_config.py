@@ -14,9 +14,7 @@ __all__ = ["check_config", "read_config"]
 _OBJECTS = ("quantization_config", "text_config", "vision_config", "auto_map", "ssm_cfg")
 _STRINGS = ("model_type", "_class_name")
 _LARGEST = (1 << 31) - 1
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings",
-)  # fmt: skip
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """Check the entries that this library reads; absent ones and ``null`` are always right.
 
     ``architectures`` is a list of strings; ``model_type`` and ``_class_name`` are strings; sizes are
-    positive integers; ``text_config``, ``quantization_config`` and their like are objects, and what they
+    integers; ``text_config``, ``quantization_config`` and their like are objects, and what they
     hold is checked in the same way.
 
     Raises:
@@ -56,7 +54,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     for key in _SIZES:
         # Denoisers have lists here, one entry a stage.
         if isinstance(config.get(key), int | float | str | dict):
-            checked_int(config[key], f"{where}: {key}", high=_LARGEST)
+            checked_int(config[key], f"{where}: {key}", low=-1, high=_LARGEST)
     if isinstance(config.get("text_config"), dict):
         check_config(config["text_config"], f"{where}: text_config")
     if config.get("quantization_config"):

@@ -59,7 +59,10 @@ def describe_dataset(spec: CalibrationSpec) -> str:
     """Return a short name for ``spec`` that reveals no folder."""
     if isinstance(spec, str | os.PathLike):
         text = os.fspath(spec)
-        return Path(text).name if Path(text).exists() else text
+        try:
+            return Path(text).name if Path(text).exists() else text
+        except OSError:  # a name that is too long for a path
+            return text
     return "texts given in Python"
 
 
@@ -128,9 +131,10 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, str]:
     role = str(message.get("role", message.get("from")))
     content = message.get("content", message.get("value"))
     if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "\n".join(
-            str(part["text"]) for part in content if isinstance(part, Mapping) and "text" in part
-        )
+        texts = [part["text"] for part in content if isinstance(part, Mapping) and "text" in part]
+        if not all(isinstance(text, str) for text in texts):
+            raise CalibrationError(f"{where}: a part of a message's content has a text that is no string")
+        content = "\n".join(texts)
     if content is not None and not isinstance(content, str):
         raise CalibrationError(f"{where}: a message's content is {type(content).__name__}, not a string")
     return {"role": _ROLES.get(role, role), "content": content or ""}

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_serializer, field_validator
 
 from qwodel.backends.base import BackendOptions
 from qwodel.calibration import DEFAULT_DATASET
+from qwodel.name_patterns import name_pattern
 
 __all__ = ["AWQOptions"]
 
@@ -78,10 +79,7 @@ class AWQOptions(BackendOptions):
     def _patterns_compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for each in value:
             if each.startswith("re:"):
-                try:
-                    re.compile(each[3:])
-                except re.error as error:
-                    raise ValueError(f"{each!r} is not a regular expression: {error}") from error
+                name_pattern(each[3:])
         return value
 
     @field_validator("group_size")
