@@ -213,7 +213,8 @@ def _splits(file: Path) -> list[Path]:
     if not 1 <= number <= count:
         raise ValidationError(f"{file} is named part {number} of {count}", hint="give it another name")
     parts = [file.with_name(f"{match[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
+    present = {other.name for other in _listed(file.parent)}
+    missing = [part.name for part in parts if part.name not in present]
     if missing:
         raise ValidationError(
             f"{file} is one of {count} parts, and {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing",

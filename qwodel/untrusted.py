@@ -260,7 +260,7 @@ def foreign_errors(what: str, *, error: _Error = ValidationError, hint: str | No
     except (QuantizationError, MemoryError):
         raise
     except Exception as cause:
-        said = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        said = " ".join(str(cause).split()) or type(cause).__name__
         raise error(f"{what}: {said[:300]}", hint=hint) from cause
 
 

@@ -249,7 +249,10 @@ def configuration(spec: FormatSpec, options: SegQuantOptions) -> Any:
 def _read_config(given: Any) -> Any:
     if isinstance(given, Mapping):
         return given
-    return read_json_object(given, error=ConfigurationError)
+    try:
+        return read_json_object(given)
+    except ValidationError as error:
+        raise ConfigurationError(f"config {given!r:.300} is no readable JSON file: {error}") from error
 
 
 def sampling_inputs(given: Any) -> list[dict[str, Any]]:
@@ -274,8 +277,8 @@ def sampling_inputs(given: Any) -> list[dict[str, Any]]:
 def _input_lines(path: Path) -> list[Any]:
     where = f"calibration_inputs {path}"
     try:
-        text = read_regular(path, error=CalibrationError).decode("utf-8")
-    except UnicodeDecodeError as error:
+        text = read_regular(path).decode("utf-8")
+    except (UnicodeDecodeError, ValidationError) as error:
         raise CalibrationError(f"{where} are not readable: {error}") from error
     lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix != ".jsonl":

@@ -174,7 +174,8 @@ def _plain(path: Path) -> Iterator[str]:
         text = read_regular(path, limit=_MAX_FILE, error=CalibrationError).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start:,}", hint="save it as UTF-8"
+            f"{path} cannot be read as UTF-8 text: {error.reason} at byte {error.start:,}",
+            hint="save it as UTF-8",
         ) from error
     if text.strip():
         yield text

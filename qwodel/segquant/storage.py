@@ -98,7 +98,7 @@ def _opened(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, Any]]:
     if kind == "directory":
         config = read_config(path)
         if not config:
-            raise ValidationError(f"{path} has no config.json")
+            raise ValidationError(f"{path} has no readable config.json")
         structure, files = config.get("quantization_config") or {}, checkpoint_files(path)
     else:
         text = read_header(path).metadata.get(_KEY)

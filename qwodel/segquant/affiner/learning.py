@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from qwodel.exceptions import CalibrationError, ConfigurationError
+from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
 from qwodel.segquant.affiner.attach import (
     AffinerProtocol,
     find_denoiser,
@@ -168,7 +168,10 @@ class _Lesson:
 
 def _open(path: Path) -> Affiner:
     what, hint = f"{path} is no saved affiner", "give a path that dump_path or save() wrote"
-    open_regular(path, error=CalibrationError).close()
+    try:
+        open_regular(path).close()
+    except ValidationError as error:
+        raise CalibrationError(f"{what}: {error}", hint=hint) from error
     with foreign_errors(what, error=CalibrationError, hint=hint), safe_open(path, "pt") as file:
         header = parse_json((file.metadata() or {})[HEADER], "its description", error=CalibrationError)
         if header["version"] != 1:
