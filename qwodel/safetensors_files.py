@@ -125,7 +125,7 @@ def _metadata(document: Any) -> dict[str, str]:
 def _entry(name: str, spec: Any, data_start: int) -> TensorEntry:
     if type(spec) is not dict:
         raise TypeError(f"tensor {name[:100]!r} is described by no object")
-    dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
+    dtype, shape, offsets = spec.get("dtype"), spec.get("shape"), spec.get("data_offsets")
     if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         raise TypeError(f"tensor {name[:100]!r} has no dtype, shape and pair of data_offsets")
     if len(shape) > _MAX_DIMENSIONS or len(name) > _MAX_NAME:

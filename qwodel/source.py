@@ -212,15 +212,15 @@ def _splits(file: Path) -> list[Path]:
     number, count = int(match[2]), int(match[3])
     if not 1 <= number <= count:
         raise ValidationError(f"{file} is named part {number} of {count}", hint="give it another name")
-    parts = [file.with_name(f"{match[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    names = [f"{match[1]}-{part:05d}-of-{count:05d}.gguf" for part in range(1, count + 1)]
     present = {other.name for other in _listed(file.parent)}
-    missing = [part.name for part in parts if part.name not in present]
+    missing = [name for name in names if name not in present]
     if missing:
         raise ValidationError(
             f"{file} is one of {count} parts, and {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing",
             hint="download the missing parts into the same folder",
         )
-    return parts
+    return [file.with_name(name) for name in names]
 
 
 def _holds_weights(file: Path) -> bool:

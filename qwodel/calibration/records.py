@@ -36,6 +36,7 @@ _TEXT_COLUMNS = (
     "instruction",
     "output",
 )
+_MAX_TOKEN = 1 << 31
 _CHAT_COLUMNS = ("messages", "conversations", "conversation")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -75,6 +76,8 @@ def documents_of_iterable(items: Iterable[Any], column: str | None) -> Iterator[
     for item in items:
         tokens = token_ids(item)
         if tokens is not None:
+            if tokens and not (min(tokens) >= 0 and max(tokens) < _MAX_TOKEN):
+                raise CalibrationError(f"token ids lie between 0 and {_MAX_TOKEN:,}")
             if tokens:
                 yield tokens
         elif isinstance(item, str | Mapping) or _is_chat(item):

@@ -67,11 +67,9 @@ def lora(folder: Path) -> Attempt:
         "lora_unet_x.lora_down.weight": torch.randn(4, 8, generator=generator),
         "lora_unet_x.lora_up.weight": torch.randn(8, 4, generator=generator),
         "lora_unet_x.alpha": torch.tensor(2.0),
-        "unet:0:down": torch.randn(2, 8, generator=generator),
-        "unet:0:up": torch.randn(8, 2, generator=generator),
     }
-    raw = save(tensors, {"ss_network_alpha": "4"})
-    header, data = split_frame(raw)
+    numbered = {f"unet:{i}:{half}": torch.ones(4, 4) for i in range(3) for half in ("down", "up")}
+    raws = [save(tensors, {"ss_network_alpha": "4"}), save(numbered)]
     config = {
         "lora_alpha": 8,
         "alpha_pattern": {"to_q": 4, "to_k": 2},
@@ -82,10 +80,14 @@ def lora(folder: Path) -> Attempt:
 
     def attempt(rng: random.Random) -> None:
         kind = rng.random()
-        whole = framed(damaged_json(header, rng), data) if kind < 0.4 else raw
-        whole = (
-            damaged_bytes(raw, rng, [flat]) if 0.4 <= kind < 0.6 else flat if 0.6 <= kind < 0.62 else whole
-        )
+        raw = rng.choice(raws)
+        header, data = split_frame(raw)
+        if kind < 0.3:
+            whole = framed(damaged_json(header, rng), data)
+        elif kind < 0.5:
+            whole = damaged_bytes(raw, rng, [flat])
+        else:
+            whole = flat if kind < 0.52 else raw
         (root / "adapter_model.safetensors").write_bytes(whole)
         changed = (
             dict(config) if rng.random() < 0.5 else config | {"alpha_pattern": {rng.choice(_EXPRESSIONS): 3}}
