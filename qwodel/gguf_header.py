@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwodel.exceptions import IntegrityError, ValidationError
+from qwodel.untrusted import open_regular
 
 __all__ = ["GGML_TYPES", "GGUFArray", "GGUFHeader", "GGUFTensor", "read_gguf_header"]
 
@@ -46,6 +47,11 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+_MAX_NAME = 1024  # llama.cpp's own limit is 63
+_MAX_NESTING = 4
+_MAX_ELEMENTS = (1 << 63) - 1
+_DAMAGED = "download or convert the file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +63,15 @@ class GGUFArray:
     raw: bytes
 
     def decode(self) -> list[Any]:
-        """Return the elements as Python values (strings, numbers or booleans)."""
+        """Return the elements as Python values (strings, numbers or booleans).
+
+        Raises:
+            ValidationError: its elements are arrays, which no model's metadata has.
+        """
         if self.element_type == _STRING:
             return list(self._strings())
         if self.element_type == _ARRAY:
-            raise NotImplementedError("arrays of arrays do not occur in model metadata")
+            raise ValidationError("arrays of arrays do not occur in model metadata")
         code = _SCALARS[self.element_type][1]
         return list(struct.unpack(f"<{self.count}{code}", self.raw))
 
@@ -122,25 +132,26 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GGUFHeader:
     """Read and check the header of the GGUF file at ``path``.
 
     Raises:
-        ValidationError: the file is missing, is not GGUF, or has an unknown version or tensor type.
-        IntegrityError: the file is truncated or its header is damaged.
+        ValidationError: the file is missing, no regular file, not GGUF, or has an unknown version or
+            tensor type.
+        IntegrityError: the file is truncated, or its header is damaged: names that occur twice, tensors
+            that overlap, an alignment that is no power of two.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
             if file.read(4) != b"GGUF":
                 raise ValidationError(f"{path} is not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Parser(path, data).parse()
-    except FileNotFoundError as error:
-        raise ValidationError(f"{path} does not exist") from error
-    except OSError as error:
-        raise ValidationError(f"{path} cannot be read: {error.strerror}") from error
-    except (struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
-        raise IntegrityError(
-            f"{path} has a damaged or truncated GGUF header ({error})",
-            hint="download or convert the file again",
-        ) from error
+        except OSError as error:
+            raise ValidationError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, struct.error, OverflowError) as error:
+            if isinstance(error, ValidationError):
+                raise
+            raise IntegrityError(
+                f"{path} has a damaged or truncated GGUF header ({error})", hint=_DAMAGED
+            ) from error
 
 
 class _Parser:
@@ -152,30 +163,53 @@ class _Parser:
         if version not in (2, 3):
             raise ValidationError(f"{self.path} is GGUF version {version}; versions 2 and 3 can be read")
         tensor_count, value_count = self._scalar("<Q"), self._scalar("<Q")
-        metadata = {self._string(): self._value(self._scalar("<I")) for _ in range(value_count)}
+        metadata: dict[str, Any] = {}
+        for _ in range(value_count):
+            key = self._string()
+            if key in metadata:
+                raise ValueError(f"the metadata {key[:100]!r} is there twice")
+            metadata[key] = self._value(self._scalar("<I"))
         infos = [self._tensor_info() for _ in range(tensor_count)]
-        alignment = metadata.get("general.alignment", 32)
+        alignment = _alignment(metadata)
         start = -(-self.position // alignment) * alignment
-        tensors = {}
+        tensors: dict[str, GGUFTensor] = {}
         for name, kind, shape, offset in infos:
-            tensors[name] = tensor = self._tensor(name, kind, shape, start + offset)
-            if tensor.begin + tensor.nbytes > len(self.data):
-                raise IntegrityError(
-                    f"{self.path} is truncated: tensor {name!r} ends at byte {tensor.begin + tensor.nbytes:,} "
-                    f"of {len(self.data):,}",
-                    hint="download or convert the file again",
+            if name in tensors:
+                raise ValueError(f"tensor {name!r} is there twice")
+            if offset % alignment:
+                raise ValueError(
+                    f"tensor {name!r} begins at {offset:,}, which is not a multiple of {alignment}"
                 )
+            tensors[name] = self._tensor(name, kind, shape, start + offset)
+        self._check_places(tensors)
         return GGUFHeader(self.path, version, metadata, tensors, len(self.data))
+
+    def _check_places(self, tensors: Mapping[str, GGUFTensor]) -> None:
+        end, before = 0, ""
+        for tensor in sorted(tensors.values(), key=lambda each: (each.begin, each.nbytes)):
+            if tensor.begin < end:
+                raise ValueError(f"tensor {tensor.name!r} overlaps {before!r}")
+            end, before = tensor.begin + tensor.nbytes, tensor.name
+            if end > len(self.data):
+                raise IntegrityError(
+                    f"{self.path} is truncated: tensor {tensor.name!r} ends at byte {end:,} of {len(self.data):,}",
+                    hint=_DAMAGED,
+                )
 
     def _tensor(self, name: str, kind: int, shape: tuple[int, ...], begin: int) -> GGUFTensor:
         if kind not in GGML_TYPES:
             raise ValidationError(f"{self.path}: tensor {name!r} has the unknown ggml type {kind}")
         type_name, block, block_bytes = GGML_TYPES[kind]
-        return GGUFTensor(name, type_name, shape, begin, math.prod(shape) // block * block_bytes)
+        elements = math.prod(shape)
+        if elements > _MAX_ELEMENTS or (shape[-1] if shape else 1) % block:
+            raise ValueError(f"tensor {name!r} is {type_name} of the shape {list(shape)}, which cannot be")
+        return GGUFTensor(name, type_name, shape, begin, elements // block * block_bytes)
 
     def _tensor_info(self) -> tuple[str, int, tuple[int, ...], int]:
         name = self._string()
         dimensions = self._scalar("<I")
+        if dimensions > _MAX_DIMENSIONS or len(name) > _MAX_NAME:
+            raise ValueError(f"tensor {name[:100]!r} has {dimensions} dimensions and {len(name)} characters")
         shape = tuple(self._scalar("<Q") for _ in range(dimensions))[::-1]
         return name, self._scalar("<I"), shape, self._scalar("<Q")
 
@@ -199,10 +233,12 @@ class _Parser:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
-            return self._array()
+            return self._array(1)
         raise struct.error(f"unknown metadata type {kind}")
 
-    def _array(self) -> GGUFArray:
+    def _array(self, depth: int) -> GGUFArray:
+        if depth > _MAX_NESTING:
+            raise ValueError(f"arrays are nested deeper than {_MAX_NESTING} levels")
         kind, count = self._scalar("<I"), self._scalar("<Q")
         begin = self.position
         if kind in _SCALARS:
@@ -211,7 +247,15 @@ class _Parser:
             if kind == _STRING:
                 self._take(self._scalar("<Q"))
             elif kind == _ARRAY:
-                self._array()
+                self._array(depth + 1)
             else:
                 raise struct.error(f"unknown metadata type {kind}")
         return GGUFArray(kind, count, self.data[begin : self.position])
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    value = metadata.get("general.alignment", 32)
+    # llama.cpp reads a power of two in 32 bits.
+    if type(value) is not int or not 0 < value < 1 << 32 or value & (value - 1):
+        raise ValueError(f"general.alignment is {value!r:.100}, not a power of two")
+    return value

@@ -8,7 +8,6 @@ are :mod:`qwodel.hub`'s, which downloads them to a directory first.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zipfile
@@ -18,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwodel.exceptions import ValidationError
+from qwodel.exceptions import IntegrityError, ValidationError
 from qwodel.gguf_header import read_gguf_header
-from qwodel.paths import exists, user_path
-from qwodel.safetensors_files import checkpoint_files, read_header
+from qwodel.model_config import read_config
+from qwodel.paths import user_path
+from qwodel.safetensors_files import check_index, checkpoint_files, find_index, read_header, read_index
 from qwodel.torch_pickle import read_pickled_tensors
+from qwodel.untrusted import foreign_errors, kind_of, open_regular
 
 __all__ = ["INPUT_FORMATS", "ModelSource", "TensorInfo", "inspect_source", "read_config"]
 
@@ -119,7 +120,7 @@ def inspect_source(
         IntegrityError: a weight file is truncated or damaged.
     """
     path = user_path(path, "model path")
-    if not exists(path):
+    if kind_of(path) is None:
         raise ValidationError(
             f"{path} does not exist", hint="give a model directory, a model file or a hub id (owner/name)"
         )
@@ -131,7 +132,9 @@ def inspect_source(
     if kind in _PROGRAMS:
         facts = _describe_program()
     else:
-        facts = _describe_gguf(files) if kind == "gguf" else _describe_tensors(files, config)
+        facts = (
+            _describe_gguf(files) if kind == "gguf" else _describe_tensors(denoiser or path, files, config)
+        )
     resolved = path.resolve()
     return ModelSource(
         given=given or str(path),
@@ -146,27 +149,9 @@ def inspect_source(
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return ``folder/config.json``, or an empty mapping where there is none.
-
-    Raises:
-        ValidationError: the file is not a JSON object.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValidationError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValidationError(f"{file} holds no JSON object")
-    return config
-
-
 def _denoiser(path: Path) -> Path | None:
     """Return the folder of the model that a diffusers pipeline samples with, or ``None`` for anything else."""
-    if not (path / "model_index.json").is_file():
+    if not path.is_dir() or kind_of(path / "model_index.json") != "file":
         return None
     return next((path / name for name in _DENOISERS if (path / name).is_dir()), None)
 
@@ -184,7 +169,8 @@ def _find_weights(path: Path) -> tuple[str, list[Path]]:
         files = [file for file in checkpoint_files(path, suffix) if _holds_weights(file)]
         if files:
             return "huggingface", files
-    loose = sorted(file for file in path.iterdir() if file.suffix in (".gguf", ".pt", ".pth", ".pt2"))
+    content = _listed(path)
+    loose = [file for file in content if file.suffix in (".gguf", ".pt", ".pth", ".pt2")]
     if len(loose) == 1 or (loose and loose == _splits(loose[0])):
         return _program_kind(loose[0]) or _FILE_FORMATS[loose[0].suffix], loose
     if loose:
@@ -193,17 +179,27 @@ def _find_weights(path: Path) -> tuple[str, list[Path]]:
             hint="give the path of one of these files",
         )
     raise ValidationError(
-        f"{path} holds no model weights ({'it is empty' if not any(path.iterdir()) else 'no .safetensors, .bin, .gguf or .pt'})",
+        f"{path} holds no model weights ({'it is empty' if not content else 'no .safetensors, .bin, .gguf or .pt'})",
         hint="give the directory that has config.json and the weight files in it",
     )
 
 
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise ValidationError(f"{folder} cannot be listed: {error.strerror}") from error
+
+
 def _program_kind(file: Path) -> str | None:
     """Tell archives that hold code from those that hold tensors alone, by the names in them."""
-    if file.suffix.lower() not in (".pt", ".pth", ".pt2") or not zipfile.is_zipfile(file):
+    if file.suffix.lower() not in (".pt", ".pth", ".pt2"):
         return None
-    with zipfile.ZipFile(file) as archive:
-        inner = {name.partition("/")[2] for name in archive.namelist()}
+    with open_regular(file) as stream, foreign_errors(f"{file} is damaged", error=IntegrityError):
+        if not zipfile.is_zipfile(stream):
+            return None
+        with zipfile.ZipFile(stream) as archive:
+            inner = {name.partition("/")[2] for name in archive.namelist()}
     if any(name.startswith("code/") for name in inner):
         return "torchscript"
     return "exported" if "models/model.json" in inner else None
@@ -211,18 +207,21 @@ def _program_kind(file: Path) -> str | None:
 
 def _splits(file: Path) -> list[Path]:
     """Return every part of the split GGUF model ``file`` is part of (llama.cpp's naming), or itself."""
-    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file.name)
+    match = re.fullmatch(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", file.name, re.DOTALL)
     if match is None:
         return [file]
-    count = int(match[2])
-    parts = [file.with_name(f"{match[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
+    number, count = int(match[2]), int(match[3])
+    if not 1 <= number <= count:
+        raise ValidationError(f"{file} is named part {number} of {count}", hint="give it another name")
+    names = [f"{match[1]}-{part:05d}-of-{count:05d}.gguf" for part in range(1, count + 1)]
+    present = {other.name for other in _listed(file.parent)}
+    missing = [name for name in names if name not in present]
     if missing:
         raise ValidationError(
             f"{file} is one of {count} parts, and {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing",
             hint="download the missing parts into the same folder",
         )
-    return parts
+    return [file.with_name(name) for name in names]
 
 
 def _holds_weights(file: Path) -> bool:
@@ -230,8 +229,9 @@ def _holds_weights(file: Path) -> bool:
     return file.name not in ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
-def _describe_tensors(files: list[Path], config: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_tensors(folder: Path, files: list[Path], config: Mapping[str, Any]) -> dict[str, Any]:
     tensors: dict[str, TensorInfo] = {}
+    held: dict[str, Path] = {}
     shared: set[tuple[str, str]] = set()
     parameters = 0
     dtypes: Counter[str] = Counter()
@@ -241,21 +241,29 @@ def _describe_tensors(files: list[Path], config: Mapping[str, Any]) -> dict[str,
                 raise ValidationError(
                     f"tensor {name!r} is in more than one of the weight files (again in {file.name})"
                 )
-            tensors[name] = TensorInfo(dtype, shape, numel)
+            tensors[name], held[name] = TensorInfo(dtype, shape, numel), file
             if storage is not None and (file.name, storage) in shared:
                 continue
             if storage is not None:
                 shared.add((file.name, storage))
             parameters += numel
             dtypes[dtype] += numel
+    _check_index(folder, files, held)
     architectures = config.get("architectures") or [config.get("_class_name")]
     return {
         "tensors": tensors,
-        "architecture": architectures[0] if isinstance(architectures, list) else None,
+        "architecture": architectures[0],
         "parameters": parameters,
         "dtypes": dict(dtypes.most_common()),
         "tied_embeddings": _tied(tensors, config),
     }
+
+
+def _check_index(folder: Path, files: list[Path], held: Mapping[str, Path]) -> None:
+    index = find_index(folder, files[0].suffix) if folder.is_dir() else None
+    if index is not None:
+        placed = {name: file.relative_to(folder).as_posix() for name, file in held.items()}
+        check_index(index, read_index(index), placed)
 
 
 def _entries(file: Path) -> Iterable[tuple[str, str, tuple[int, ...], int, str | None]]:
@@ -275,6 +283,8 @@ def _describe_program() -> dict[str, Any]:
 def _describe_gguf(files: list[Path]) -> dict[str, Any]:
     headers = [read_gguf_header(file) for file in files]
     tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    if len(tensors) != sum(len(header.tensors) for header in headers):
+        raise ValidationError(f"a tensor is in more than one part of {files[0]}")
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
         dtypes[tensor.type] += tensor.numel

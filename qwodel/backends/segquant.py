@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from qwodel.calibration.options import Dataset
 from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
 from qwodel.output import require_space, size_of
 from qwodel.source import ModelSource
+from qwodel.untrusted import checked_path, parse_json, read_json_object, read_regular
 
 if TYPE_CHECKING:
     from qwodel.segquant.export import Denoiser
@@ -251,9 +251,9 @@ def _read_config(given: Any) -> Any:
     if isinstance(given, Mapping):
         return given
     try:
-        return json.loads(Path(given).read_text("utf-8"))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"config {given!r} is no readable JSON file: {error}") from error
+        return read_json_object(given)
+    except ValidationError as error:
+        raise ConfigurationError(f"config {given!r:.300} is no readable JSON file: {error}") from error
 
 
 def sampling_inputs(given: Any) -> list[dict[str, Any]]:
@@ -264,12 +264,8 @@ def sampling_inputs(given: Any) -> list[dict[str, Any]]:
     """
     items: Iterable[Any] = given
     if isinstance(given, str | Path):
-        path = Path(given)
-        try:
-            lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-            items = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
-        except (OSError, ValueError) as error:
-            raise CalibrationError(f"calibration_inputs {path} are not readable: {error}") from error
+        path = checked_path(given, error=CalibrationError)
+        items = _input_lines(path)
     found = [{"prompt": each} if isinstance(each, str) else each for each in items]
     if not found or not all(isinstance(each, Mapping) for each in found):
         raise CalibrationError(
@@ -277,3 +273,15 @@ def sampling_inputs(given: Any) -> list[dict[str, Any]]:
             hint="give prompts, or dictionaries of keyword arguments",
         )
     return [dict(each) for each in found]
+
+
+def _input_lines(path: Path) -> list[Any]:
+    where = f"calibration_inputs {path}"
+    try:
+        text = read_regular(path).decode("utf-8")
+    except (UnicodeDecodeError, ValidationError) as error:
+        raise CalibrationError(f"{where} are not readable: {error}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    return [parse_json(line, where, error=CalibrationError) for line in lines]

@@ -36,6 +36,7 @@ _TEXT_COLUMNS = (
     "instruction",
     "output",
 )
+_MAX_TOKEN = 1 << 31
 _CHAT_COLUMNS = ("messages", "conversations", "conversation")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -59,7 +60,10 @@ def describe_dataset(spec: CalibrationSpec) -> str:
     """Return a short name for ``spec`` that reveals no folder."""
     if isinstance(spec, str | os.PathLike):
         text = os.fspath(spec)
-        return Path(text).name if Path(text).exists() else text
+        try:
+            return Path(text).name if Path(text).exists() else text
+        except OSError:  # a name that is too long for a path
+            return text
     return "texts given in Python"
 
 
@@ -72,6 +76,8 @@ def documents_of_iterable(items: Iterable[Any], column: str | None) -> Iterator[
     for item in items:
         tokens = token_ids(item)
         if tokens is not None:
+            if tokens and not (min(tokens) >= 0 and max(tokens) < _MAX_TOKEN):
+                raise CalibrationError(f"token ids lie between 0 and {_MAX_TOKEN:,}")
             if tokens:
                 yield tokens
         elif isinstance(item, str | Mapping) or _is_chat(item):
@@ -128,9 +134,10 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, str]:
     role = str(message.get("role", message.get("from")))
     content = message.get("content", message.get("value"))
     if isinstance(content, Sequence) and not isinstance(content, str):
-        content = "\n".join(
-            str(part["text"]) for part in content if isinstance(part, Mapping) and "text" in part
-        )
+        texts = [part["text"] for part in content if isinstance(part, Mapping) and "text" in part]
+        if not all(isinstance(text, str) for text in texts):
+            raise CalibrationError(f"{where}: a part of a message's content has a text that is no string")
+        content = "\n".join(texts)
     if content is not None and not isinstance(content, str):
         raise CalibrationError(f"{where}: a message's content is {type(content).__name__}, not a string")
     return {"role": _ROLES.get(role, role), "content": content or ""}

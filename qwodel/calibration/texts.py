@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwodel.calibration.hub_sets import hub_records
 from qwodel.calibration.records import (
@@ -19,12 +18,26 @@ from qwodel.calibration.records import (
     documents_of_iterable,
 )
 from qwodel.exceptions import CalibrationError, DependencyError
+from qwodel.untrusted import (
+    checked_path,
+    foreign_errors,
+    kind_of,
+    open_regular,
+    parse_json,
+    read_json,
+    read_regular,
+)
 
 __all__ = ["DEFAULT_DATASET", "calibration_files", "load_documents", "load_texts", "local_path"]
 
 DEFAULT_DATASET = "wikitext:wikitext-2-raw-v1"
 """``repo:subset`` of the default calibration set; its split is ``train``."""
 
+_MAX_FILE = 1 << 32
+_MAX_LINE = 1 << 26
+_ROWS = 256  # of a .parquet file at a time
+_FREE_BYTES = 1 << 28
+_MAX_RATIO = 100
 _SUFFIXES = (".txt", ".raw", ".tokens", ".md", ".json", ".jsonl", ".parquet")
 
 
@@ -75,11 +88,15 @@ def load_documents(
 
 
 def local_path(spec: CalibrationSpec) -> Path | None:
-    """Return the file or directory ``spec`` names, or ``None`` where it names none that exists."""
+    """Return the file or directory ``spec`` names, or ``None`` where it names none that exists.
+
+    Raises:
+        CalibrationError: it cannot be a path, or something else is there, such as a pipe.
+    """
     if not isinstance(spec, str | os.PathLike):
         return None
-    path = Path(spec).expanduser()
-    return path if path.exists() else None
+    path = checked_path(spec, error=CalibrationError)
+    return path if kind_of(path, error=CalibrationError) else None
 
 
 def calibration_files(path: Path) -> list[Path]:
@@ -88,9 +105,13 @@ def calibration_files(path: Path) -> list[Path]:
     Raises:
         CalibrationError: the directory holds none.
     """
-    if not path.is_dir():
+    if kind_of(path, error=CalibrationError) != "directory":
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in _SUFFIXES and kind_of(file, error=CalibrationError) == "file"
+    )
     if not files:
         raise CalibrationError(
             f"{path} holds no calibration files", hint=f"known endings: {', '.join(_SUFFIXES)}"
@@ -110,53 +131,81 @@ def _local(path: Path, column: str | None) -> Iterator[Document]:
 
 def _file(path: Path, column: str | None) -> Iterator[Document]:
     suffix = path.suffix.lower()
-    try:
-        if suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield from documents_of(_parse(line, f"{path}, line {number}"), column, str(path))
-        elif suffix == ".json":
-            document = _parse(path.read_text("utf-8"), str(path))
-            for record in document if isinstance(document, list) else [document]:
+    if suffix == ".jsonl":
+        for number, line in enumerate(_lines(path), 1):
+            if line.strip():
+                record = parse_json(line, f"{path}, line {number}", constants=True, error=CalibrationError)
                 yield from documents_of(record, column, str(path))
-        elif suffix == ".parquet":
-            yield from _parquet(path, column)
-        elif suffix in _SUFFIXES:
-            yield from _plain(path)
-        else:
-            raise CalibrationError(
-                f"{path} is no calibration file this library knows",
-                hint=f"known endings: {', '.join(_SUFFIXES)}",
-            )
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
+    elif suffix == ".json":
+        document = read_json(path, limit=_MAX_FILE, constants=True, error=CalibrationError)
+        for record in document if isinstance(document, list) else [document]:
+            yield from documents_of(record, column, str(path))
+    elif suffix == ".parquet":
+        yield from _parquet(path, column)
+    elif suffix in _SUFFIXES:
+        yield from _plain(path)
+    else:
+        raise CalibrationError(
+            f"{path} is no calibration file this library knows",
+            hint=f"known endings: {', '.join(_SUFFIXES)}",
+        )
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open_regular(path, error=CalibrationError) as file:
+        while line := _read_line(file, path):
+            yield line
+
+
+def _read_line(file: BinaryIO, path: Path) -> bytes:
+    try:
+        line = file.readline(_MAX_LINE + 1)
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
+    if len(line) > _MAX_LINE:
+        raise CalibrationError(
+            f"{path} has a line of more than {_MAX_LINE:,} bytes", hint="give a document a line"
+        )
+    return line
 
 
 def _plain(path: Path) -> Iterator[str]:
-    text = path.read_text("utf-8")
+    try:
+        text = read_regular(path, limit=_MAX_FILE, error=CalibrationError).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path} cannot be read as UTF-8 text: {error.reason} at byte {error.start:,}",
+            hint="save it as UTF-8",
+        ) from error
     if text.strip():
         yield text
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise CalibrationError(f"{where} is not JSON: {error}") from error
-
-
 def _parquet(path: Path, column: str | None) -> Iterator[Document]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise DependencyError("reading .parquet needs pyarrow", hint="pip install pyarrow") from error
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                yield from documents_of(record, column, str(path))
-    except ArrowException as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
+    with open_regular(path, error=CalibrationError) as file:
+        records = _parquet_records(parquet, file, path)
+        while True:
+            with foreign_errors(f"{path} cannot be read", error=CalibrationError):
+                record = next(records, None)
+            if record is None:
+                return
+            yield from documents_of(record, column, str(path))
+
+
+def _parquet_records(parquet: Any, file: BinaryIO, path: Path) -> Iterator[dict[str, Any]]:
+    size = os.fstat(file.fileno()).st_size
+    source = parquet.ParquetFile(file)
+    groups = range(source.metadata.num_row_groups)
+    unpacked = sum(source.metadata.row_group(group).total_byte_size for group in groups)
+    if unpacked > _FREE_BYTES + _MAX_RATIO * size:
+        raise CalibrationError(f"{path} of {size:,} bytes would become {unpacked:,}")
+    # Small batches: a dictionary may repeat one long text in all rows.
+    for batch in source.iter_batches(_ROWS):
+        yield from batch.to_pylist()
 
 
 def _remote(

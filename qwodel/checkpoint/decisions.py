@@ -13,6 +13,7 @@ from qwodel.checkpoint.recipe import Recipe
 from qwodel.checkpoint.rounding import Nearest, Rounding, default_rounding
 from qwodel.checkpoint.source_tensor import SourceTensor
 from qwodel.checkpoint.storage_format import StorageFormat, storage_format
+from qwodel.name_patterns import name_pattern
 
 __all__ = ["Action", "Decider", "Decision", "conv1d_weights"]
 
@@ -73,7 +74,7 @@ class Decider:
             return _keep(source, f"{source.dtype} values are not weights")
         if source.name in self.nonfinite:
             return _keep(source, "holds NaN or Inf")
-        if self.recipe.exclude_layers and re.search(self.recipe.exclude_layers, source.name):
+        if self.recipe.exclude_layers and name_pattern(self.recipe.exclude_layers).search(source.name):
             return _keep(source, f"exclude_layers: {self.recipe.exclude_layers}")
         return self._named(source) or self._unnamed(source)
 
@@ -95,7 +96,7 @@ class Decider:
                 if wanted.cast_to or not self._obstacle(source):
                     return self._store(source, wanted, recipe.rounding, reason)
         custom = recipe.custom_layers
-        if custom and re.search(custom.pattern, source.name):
+        if custom and name_pattern(custom.pattern).search(source.name):
             obstacle = None if custom.format.cast_to else self._obstacle(source)
             if not obstacle and custom.skip_inefficient:
                 obstacle = _inefficient(source, custom.format)

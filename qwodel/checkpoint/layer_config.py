@@ -6,9 +6,7 @@ is the weight's key without ``.weight``, or the whole key.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qwodel.checkpoint.storage_format import STORAGE_FORMATS
 from qwodel.exceptions import ConfigurationError, did_you_mean
+from qwodel.name_patterns import name_pattern
+from qwodel.untrusted import read_json_object
 
 __all__ = ["LayerConfig", "LayerRule", "load_layer_config"]
 
@@ -72,10 +72,7 @@ class LayerConfig(BaseModel):
     @classmethod
     def _compiles(cls, value: dict[str, LayerRule]) -> dict[str, LayerRule]:
         for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            name_pattern(pattern, "layer_patterns")
         return value
 
     @classmethod
@@ -110,7 +107,7 @@ class LayerConfig(BaseModel):
         """
         layer = key.removesuffix(".weight")
         for pattern, rule in self.layer_patterns.items():
-            expression = re.compile(pattern)
+            expression = name_pattern(pattern)
             if fullmatch:
                 found = expression.fullmatch(layer) or expression.fullmatch(key)
             else:
@@ -128,12 +125,5 @@ def load_layer_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             unknown key or a bad value, which the message names.
     """
     path = Path(path)
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ConfigurationError(f"{path} holds a {type(document).__name__}, not an object")
+    document = read_json_object(path, error=ConfigurationError)
     return LayerConfig.from_mapping(document, str(path)).model_dump(exclude_unset=True)

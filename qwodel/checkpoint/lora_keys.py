@@ -8,8 +8,8 @@ module order).
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.exceptions import ValidationError
+from qwodel.name_patterns import name_pattern
+from qwodel.untrusted import checked_number, kind_of, read_json_object
 
 __all__ = ["LoraFile", "LoraLayer", "open_lora"]
 
@@ -100,8 +102,13 @@ def open_lora(path: Path) -> LoraFile:
                     partner = name + up
                     if partner not in reader:
                         raise ValidationError(f"{file}: {key!r} has no partner {partner!r}")
-                    alpha = _alpha(reader, metadata, adapter, name, reader.get_shape(key)[0])
                     shapes = reader.get_shape(key), reader.get_shape(partner)
+                    if min(map(len, shapes)) < 2 or 0 in shapes[0] + shapes[1]:
+                        raise ValidationError(
+                            f"{file}: {key!r} and its partner are {list(shapes[0])} and {list(shapes[1])}, "
+                            "and a layer's two halves are matrices"
+                        )
+                    alpha = _alpha(reader, metadata, adapter, name, shapes[0][0])
                     layers.append(LoraLayer(_plain_name(name), key, partner, *shapes, alpha))
                     seen |= {key, partner, f"{name}.alpha"}
                     break
@@ -122,13 +129,12 @@ def _plain_name(name: str) -> str:
 
 def _adapter_config(file: Path) -> Mapping[str, Any]:
     config = file.with_name("adapter_config.json")
-    if not config.is_file() or file.name != "adapter_model.safetensors":
+    if file.name != "adapter_model.safetensors" or kind_of(config) != "file":
         return {}
-    try:
-        document = json.loads(config.read_text("utf-8"))
-    except ValueError as error:
-        raise ValidationError(f"{config} is not JSON: {error}") from error
-    return document if isinstance(document, dict) else {}
+    document = read_json_object(config)
+    if not isinstance(document.get("alpha_pattern") or {}, dict):
+        raise ValidationError(f"{config}: alpha_pattern is not an object")
+    return document
 
 
 def _alpha(
@@ -140,13 +146,18 @@ def _alpha(
 ) -> float:
     """α from the layer's own tensor, else its header entry, else the adapter's configuration, else the rank."""
     if f"{name}.alpha" in reader:
-        return float(reader.get_tensor(f"{name}.alpha").float().reshape(-1)[0])
+        if reader.entry(f"{name}.alpha").numel != 1:
+            raise ValidationError(
+                f"LoRA: {name}.alpha has {reader.entry(f'{name}.alpha').numel} numbers, not one"
+            )
+        value = reader.get_tensor(f"{name}.alpha").float().item()
+        return checked_number(value, f"LoRA: {name}.alpha")
     for key in (f"{name}.alpha", f"{name}_alpha"):
         if key in metadata:
             return _number(key, metadata[key])
     plain = name.removeprefix("base_model.model.")
     for pattern, value in (adapter.get("alpha_pattern") or {}).items():
-        if re.search(rf"(?:^|\.){pattern}$", plain):
+        if name_pattern(rf"(?:^|\.)(?:{pattern})$", "alpha_pattern").search(plain):
             return _number("alpha_pattern", value)
     if adapter.get("lora_alpha") is not None:
         alpha = _number("lora_alpha", adapter["lora_alpha"])
@@ -158,10 +169,12 @@ def _alpha(
 
 
 def _number(what: str, value: object) -> float:
+    # The header's metadata holds text only.
     try:
-        return float(str(value))
+        number = float(value) if isinstance(value, str) else value
     except ValueError:
-        raise ValidationError(f"LoRA: {what} is {value!r}, not a number") from None
+        raise ValidationError(f"LoRA: {what} is {value!r:.100}, not a number") from None
+    return checked_number(number, f"LoRA: {what}")
 
 
 def _refuse_foreign(file: Path, reader: UnifiedSafetensorsLoader, adapter: Mapping[str, Any]) -> None:
@@ -176,7 +189,10 @@ def _refuse_foreign(file: Path, reader: UnifiedSafetensorsLoader, adapter: Mappi
 def _check(file: Path, layers: list[LoraLayer], other: tuple[str, ...]) -> None:
     if not layers:
         raise ValidationError(f"{file} has no LoRA layers", hint=f"its keys look like {', '.join(other[:3])}")
+    names = Counter(layer.name for layer in layers)
     for layer in layers:
+        if names[layer.name] > 1:
+            raise ValidationError(f"{file} has {names[layer.name]} updates for the layer {layer.name!r}")
         if layer.up_shape[1] != layer.down_shape[0]:
             raise ValidationError(
                 f"{file}: ranks of {layer.name!r} disagree: {list(layer.down_shape)} and {list(layer.up_shape)}"

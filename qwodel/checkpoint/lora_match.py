@@ -98,6 +98,7 @@ _BLOCK_ORDERS = (
      "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ff.net.0.proj"),
 )  # fmt: skip
 _CLIP_ORDER = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj")
+_MAX_DIGITS = 9
 _SECTIONS = ("down_blocks", "up_blocks", "mid_block")
 
 
@@ -110,7 +111,7 @@ def _match_numbers(
     matched: dict[str, LoraLayer] = {}
     unmatched: list[str] = []
     for group, layers in groups.items():
-        layers.sort(key=lambda each: int(each.name.rpartition(":")[2]))
+        layers.sort(key=lambda each: _number(lora, each.name))
         for targets in _orders(group, shapes):
             if len(targets) == len(layers) and all(
                 shapes[target][:2] == (layer.up_shape[0], layer.down_shape[1])
@@ -121,6 +122,13 @@ def _match_numbers(
         else:
             unmatched += [layer.name for layer in layers]
     return matched, unmatched
+
+
+def _number(lora: LoraFile, name: str) -> int:
+    digits = name.rpartition(":")[2]
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MAX_DIGITS):
+        raise ValidationError(f"{lora.path}: {name!r} has no number, and other layers are numbered")
+    return int(digits)
 
 
 def _orders(group: str, shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:

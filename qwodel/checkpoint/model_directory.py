@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwodel.exceptions import ValidationError
+from qwodel.model_config import read_config
 from qwodel.side_files import refuse_leading_out, side_files
+from qwodel.untrusted import kind_of
 
 __all__ = ["ModelDirectory"]
 
@@ -34,16 +34,10 @@ class ModelDirectory:
             ValidationError: ``config.json`` is damaged, or a link that leads out of the directory.
         """
         root = source if source.is_dir() else source.parent if _is_model_file(source) else None
-        if root is None or not (root / "config.json").is_file():
+        if root is None or kind_of(root / "config.json") != "file":
             return cls(root, None)
         refuse_leading_out(root / "config.json", root)
-        try:
-            config = json.loads((root / "config.json").read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValidationError(f"{root / 'config.json'} cannot be read: {error}") from error
-        if not isinstance(config, dict):
-            raise ValidationError(f"{root / 'config.json'} is not a JSON object")
-        return cls(root, config)
+        return cls(root, read_config(root))
 
     def side_files(self) -> dict[str, Path]:
         """Return what must come along, by relative path; see :func:`qwodel.side_files.side_files`."""

@@ -22,9 +22,13 @@ from qwodel.safetensors_files import (
     DTYPE_BITS,
     SafetensorsHeader,
     TensorEntry,
+    check_index,
     checkpoint_files,
+    find_index,
     read_header,
+    read_index,
 )
+from qwodel.untrusted import kind_of
 
 __all__ = ["UnifiedSafetensorsLoader"]
 
@@ -41,8 +45,8 @@ class UnifiedSafetensorsLoader:
             :meth:`mark_processed`.
 
     Raises:
-        ValidationError: there are no safetensors files, or two files hold the
-            same tensor.
+        ValidationError: there are no safetensors files, two files hold the
+            same tensor, or the index says otherwise than the headers.
         IntegrityError: a file is truncated or damaged.
     """
 
@@ -57,9 +61,19 @@ class UnifiedSafetensorsLoader:
                     other = self._entries[entry.name][0].path.name
                     raise ValidationError(f"tensor {entry.name!r} is in both {other} and {header.path.name}")
                 self._entries[entry.name] = (header, entry)
+        self._check_index()
         self._descriptors: dict[Path, int] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._closed = False
+
+    def _check_index(self) -> None:
+        index = find_index(self.path) if self.path.is_dir() else None
+        if index is not None:
+            files = {
+                name: header.path.relative_to(self.path).as_posix()
+                for name, (header, _) in self._entries.items()
+            }
+            check_index(index, read_index(index), files)
 
     def keys(self) -> list[str]:
         """Return the names of all tensors, in file order."""
@@ -200,9 +214,10 @@ class UnifiedSafetensorsLoader:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.exists():
+    kind = kind_of(path)
+    if kind is None:
         raise ValidationError(f"{path} does not exist")
-    if path.is_file():
+    if kind == "file":
         return [path]
     files = checkpoint_files(path)
     if not files:

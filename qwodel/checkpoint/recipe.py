@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +10,7 @@ from qwodel.checkpoint.layer_filters import validate_filters
 from qwodel.checkpoint.rounding import Rounding
 from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.exceptions import ConfigurationError
+from qwodel.name_patterns import name_pattern
 
 if TYPE_CHECKING:
     from qwodel.checkpoint.layer_config import LayerConfig
@@ -93,9 +93,5 @@ class Recipe:
 
 
 def _check_regex(option: str, pattern: str | None) -> None:
-    if pattern is None:
-        return
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigurationError(f"{option}={pattern!r} is not a regular expression: {error}") from error
+    if pattern is not None:
+        name_pattern(pattern, option)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.exceptions import ValidationError
+from qwodel.model_config import check_config
+from qwodel.untrusted import checked_int, parse_json
 
 __all__ = ["StatedQuantization"]
+
+_MARKER_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,9 @@ class StatedQuantization:
         """Read it off a checkpoint and its ``config.json``.
 
         Raises:
-            ValidationError: ComfyUI's description is damaged.
+            ValidationError: ComfyUI's description, or an entry of the configuration, is damaged.
         """
+        check_config(config, str(reader.path))
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
         stored = {"float16": "F16", "float32": "F32"}.get(dtype.removeprefix("torch."), "BF16")
         return cls(config.get("quantization_config") or {}, stored, _comfyui_formats(reader))
@@ -54,9 +58,9 @@ class StatedQuantization:
         """Rows and columns of a weight that share a scale; empty where nothing is said."""
         side = self.comfyui.get(name.removesuffix(".weight"), {}).get("group_size")
         if side:
-            return [int(side), int(side)]
+            return [side, side]
         if self.config.get("weight_block_size"):
-            return [int(size) for size in self.config["weight_block_size"]]
+            return list(self.config["weight_block_size"])
         stated = [(group.get("weights") or {}).get("block_structure") for group in self._groups]
         sizes = {tuple(each) for each in stated if each}
         return list(sizes.pop()) if len(sizes) == 1 else []
@@ -69,15 +73,30 @@ class StatedQuantization:
 def _comfyui_formats(reader: UnifiedSafetensorsLoader) -> dict[str, Mapping[str, Any]]:
     """Layer → its ComfyUI description; the header wins over the tensors, as in ComfyUI."""
     formats: dict[str, Mapping[str, Any]] = {}
-    try:
-        for name in reader:
-            if name.endswith(".comfy_quant"):
-                text = bytes(reader.read_bytes(name).tolist()).decode()
-                formats[name.removesuffix(".comfy_quant")] = dict(json.loads(text))
-        header = json.loads(reader.metadata().get("_quantization_metadata", "{}"))
-        formats.update({layer: dict(value) for layer, value in header.get("layers", {}).items()})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValidationError(
-            f"{reader.path}: its ComfyUI quantization description is damaged: {error}"
-        ) from error
+    for name in reader:
+        if name.endswith(".comfy_quant"):
+            formats[name.removesuffix(".comfy_quant")] = _marker(reader, name)
+    where = f"{reader.path}: its ComfyUI quantization description"
+    header = parse_json(reader.metadata().get("_quantization_metadata", "{}"), where)
+    layers = header.get("layers", {}) if isinstance(header, dict) else None
+    if not isinstance(layers, dict):
+        raise ValidationError(f"{where} is damaged: its layers are no object")
+    formats.update({layer: _description(value, f"{where} of {layer}") for layer, value in layers.items()})
     return formats
+
+
+def _marker(reader: UnifiedSafetensorsLoader, name: str) -> Mapping[str, Any]:
+    where = f"{reader.path}: the ComfyUI description {name}"
+    if reader.entry(name).nbytes > _MARKER_BYTES:
+        raise ValidationError(f"{where} has {reader.entry(name).nbytes:,} bytes")
+    return _description(parse_json(bytes(reader.read_bytes(name).numpy()), where), where)
+
+
+def _description(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValidationError(f"{where} is damaged: it is no object")
+    if value.get("group_size"):
+        checked_int(value["group_size"], f"{where}: group_size", low=1)
+    if not isinstance(value.get("format") or "", str):
+        raise ValidationError(f"{where} is damaged: its format is no string")
+    return value

@@ -14,11 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.checkpoint.layout import OutputTensor, Role
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.writer import PlannedWriter, create_files, pack_files
 from qwodel.exceptions import CalibrationError
+from qwodel.untrusted import checked_int, parse_json
 
 __all__ = ["StatisticsEntry", "StatisticsFile", "write_statistics"]
 
@@ -93,6 +96,8 @@ class StatisticsFile:
 
     Raises:
         CalibrationError: the file is missing or is none of statistics.
+        ValidationError: it is not safetensors.
+        IntegrityError: it is truncated or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,18 +108,23 @@ class StatisticsFile:
             )
         self._reader = UnifiedSafetensorsLoader(self.path, low_memory=True)
         try:
-            document = json.loads(self._reader.metadata()[_HEADER])
+            document = parse_json(self._reader.metadata()[_HEADER], _HEADER, error=CalibrationError)
             entries: Mapping[str, Mapping[str, object]] = document["entries"]
             if document["version"] != _VERSION:
                 raise ValueError(f"version {document['version']}")
             self._entry = {
                 str(layer): name for name, entry in entries.items() for layer in _list(entry["layers"])
             }
-            self._count = {name: int(str(entry["count"])) for name, entry in entries.items()}
-        except (KeyError, TypeError, ValueError) as error:
+            self._count = {
+                name: checked_int(entry["count"], f"the count of {name}", error=CalibrationError)
+                for name, entry in entries.items()
+            }
+            for name in entries:
+                self._check_shapes(name)
+        except (AttributeError, CalibrationError, KeyError, TypeError, ValueError) as error:
             self._reader.close()
             raise CalibrationError(
-                f"{self.path} is no file of activation statistics",
+                f"{self.path} is no file of activation statistics: {error}",
                 hint="make one with qwodel calibrate, or qwodel.modeling.collect_statistics",
             ) from error
 
@@ -147,18 +157,40 @@ class StatisticsFile:
 
         Args:
             gram: read the Gram matrix too, if there is one.
+
+        Raises:
+            CalibrationError: there are numbers that are not finite, or a negative maximum.
         """
         found = self.find(layer)
         if found is None:
             return None
         name = self._entry[found]
-        wanted = gram and f"{name}.gram" in self._reader.entries
+        wanted = gram and f"{name}.gram" in self._reader
         return InputStatistics(
-            self._reader.get_tensor(f"{name}.gram") if wanted else None,
-            self._reader.get_tensor(f"{name}.mean"),
-            self._reader.get_tensor(f"{name}.channel_max"),
+            self._numbers(f"{name}.gram") if wanted else None,
+            self._numbers(f"{name}.mean"),
+            self._numbers(f"{name}.channel_max", negative=False),
             self._count[name],
         )
+
+    def _check_shapes(self, name: str) -> None:
+        (columns,) = self._reader.get_shape(f"{name}.mean")
+        wanted = {"mean": (columns,), "channel_max": (columns,), "gram": (columns, columns)}
+        for part, shape in wanted.items():
+            if part == "gram" and f"{name}.gram" not in self._reader:
+                continue
+            entry = self._reader.entry(f"{name}.{part}")
+            if entry.dtype != "F32" or entry.shape != shape:
+                raise ValueError(f"{entry.name} is {entry.dtype} {list(entry.shape)}, not F32 {list(shape)}")
+
+    def _numbers(self, name: str, *, negative: bool = True) -> torch.Tensor:
+        tensor = self._reader.get_tensor(name)
+        if not tensor.isfinite().all() or (not negative and (tensor < 0).any()):
+            raise CalibrationError(
+                f"{self.path}: {name} holds numbers that no activations have (NaN, infinite or negative)",
+                hint="make the file again with qwodel calibrate",
+            )
+        return tensor
 
     def close(self) -> None:
         """Close the file."""

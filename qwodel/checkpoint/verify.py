@@ -6,7 +6,6 @@ and shapes) decides how it is decoded, not the plan that wrote it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import closing
@@ -28,6 +27,7 @@ from qwodel.checkpoint.slabs import row_slabs
 from qwodel.checkpoint.source_decoders import QuipDecoder, RotatedDecoder, ScaledDecoder
 from qwodel.checkpoint.tensor_work import weight_rows
 from qwodel.exceptions import IntegrityError
+from qwodel.model_config import read_config
 from qwodel.progress import Progress
 
 __all__ = ["LayerQuality", "verify"]
@@ -233,11 +233,7 @@ class _Verifier:
 
 
 def _config(factory: _VerifierFactory) -> Mapping[str, Any]:
-    path = factory.destination / "config.json"
-    if not factory.destination.is_dir() or not path.is_file():
-        return {}
-    document: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return document
+    return read_config(factory.destination) if factory.destination.is_dir() else {}
 
 
 def _check_bound(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from qwodel.checkpoint.dequantize_sources import resolve_sources
 from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.model_config import read_config
 
 __all__ = ["read_weights"]
 
@@ -27,8 +27,7 @@ def read_weights(path: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
         IntegrityError: a file is damaged.
     """
     path = Path(path)
-    config = path / "config.json"
-    described = json.loads(config.read_text("utf-8")) if path.is_dir() and config.is_file() else {}
+    described = read_config(path) if path.is_dir() else {}
     with UnifiedSafetensorsLoader(path, low_memory=True) as reader:
         for source in resolve_sources(reader, described).tensors:
             if source.shape and source.decoder is not None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from qwodel.exceptions import ConfigurationError, ConversionError, DependencyError, ValidationError
 from qwodel.extras import install_hint
+from qwodel.model_config import read_config
 from qwodel.modeling.empty_models import empty_transformers_model
 
 __all__ = ["LazyModel", "WeightPart", "open_lazily"]
@@ -229,13 +230,7 @@ def config_of(directory: Path) -> dict[str, Any]:
     Raises:
         ValidationError: it is missing or no JSON object.
     """
-    import json
-
-    path = Path(directory) / "config.json"
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValidationError(f"{path} cannot be read: {error}") from error
-    if not isinstance(document, dict):
-        raise ValidationError(f"{path} is no JSON object")
-    return document
+    config = read_config(Path(directory))
+    if not config:
+        raise ValidationError(f"{directory} has no config.json that describes a model")
+    return config

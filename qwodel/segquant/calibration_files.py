@@ -22,12 +22,17 @@ import torch
 from qwodel.exceptions import CalibrationError, DependencyError, IntegrityError
 from qwodel.extras import install_hint
 from qwodel.output import disk_errors
+from qwodel.untrusted import checked_int, foreign_errors, kind_of, read_json_object, read_regular
 
 __all__ = ["Meta", "read_chunk", "read_meta", "require_zstd", "write_chunk", "write_meta"]
 
 _FORMAT = "qwodel-calibration-set"
 _VERSION = 1
 _LEVEL = 3
+_MAX_ITEMS = 1 << 31
+_MAX_CHUNK = 1 << 40
+_FREE_BYTES = 1 << 26
+_MAX_RATIO = 100
 
 
 @dataclass
@@ -76,25 +81,51 @@ def read_meta(folder: Path) -> Meta | None:
     """Return what ``folder`` holds, ``None`` where there is no set.
 
     Raises:
-        CalibrationError: the directory is something else, or of another version.
+        CalibrationError: the directory is something else, of another version, or damaged.
     """
     file = folder / "meta.json"
-    if not file.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if kind_of(file, error=CalibrationError) != "file":
+        kind = kind_of(folder, error=CalibrationError)
+        if kind == "file" or (kind == "directory" and any(folder.iterdir())):
             raise CalibrationError(
                 f"{folder} is no calibration set: it has no meta.json", hint="give another dump_path"
             )
         return None
+    document = read_json_object(file, error=CalibrationError)
     try:
-        document = json.loads(file.read_text("utf-8"))
         if document.pop("format") != _FORMAT or document.pop("version") != _VERSION:
             raise ValueError("another format or version")
-        return Meta(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        meta = Meta(**document)
+        _check(meta)
+    except (KeyError, TypeError, ValueError, CalibrationError) as error:
         raise CalibrationError(
             f"{file} does not describe a calibration set of this version: {error}",
             hint="remove the directory to sample anew",
         ) from error
+    return meta
+
+
+def _check(meta: Meta) -> None:
+    """Refuse a ``meta.json`` whose values are of other types than were written."""
+    for name in ("compress", "complete"):
+        if not isinstance(getattr(meta, name), bool):
+            raise TypeError(f"{name} is not true or false")
+    if not isinstance(meta.settings, dict):
+        raise TypeError("settings is not an object")
+    for name in ("chunk_lens", "sha256", "inputs"):
+        if not isinstance(getattr(meta, name), list):
+            raise TypeError(f"{name} is not a list")
+    if not all(isinstance(digest, str) for digest in (*meta.sha256, *meta.inputs)):
+        raise TypeError("a digest is not a string")
+    if len(meta.sha256) != len(meta.chunk_lens):
+        raise ValueError(f"{len(meta.chunk_lens)} chunks have {len(meta.sha256)} digests")
+    counts = {"chunk_size": meta.chunk_size, "run": meta.run, "within": meta.within}
+    if meta.calls is not None:
+        counts["calls"] = meta.calls
+    for name, value in counts.items():
+        checked_int(value, name, high=_MAX_ITEMS)
+    for length in meta.chunk_lens:
+        checked_int(length, "the length of a chunk", low=1, high=_MAX_ITEMS)
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
@@ -119,19 +150,38 @@ def read_chunk(folder: Path, meta: Meta, place: int) -> list[Mapping[str, Any]]:
     """Return the items of a chunk; nothing but tensors and plain values is unpickled.
 
     Raises:
-        IntegrityError: the file is missing or not as it was written.
+        IntegrityError: the file is missing, not as it was written, or holds something else.
     """
     file = _chunk(folder, meta, place)
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise IntegrityError(f"{file} cannot be read: {error.strerror}", hint="sample anew") from error
+    data = read_regular(file, limit=_MAX_CHUNK, error=IntegrityError)
     if hashlib.sha256(data).hexdigest() != meta.sha256[place]:
         raise IntegrityError(f"{file} is not as it was written", hint="remove the directory to sample anew")
-    if meta.compress:
-        data = require_zstd().ZstdDecompressor().decompress(data)
-    items: list[Mapping[str, Any]] = torch.load(io.BytesIO(data), weights_only=True)
+    with foreign_errors(
+        f"{file} is damaged", error=IntegrityError, hint="remove the directory to sample anew"
+    ):
+        if meta.compress:
+            data = _decompressed(data)
+        items: Any = torch.load(io.BytesIO(data), weights_only=True)
+    if not isinstance(items, list) or len(items) != meta.chunk_lens[place]:
+        raise IntegrityError(f"{file} holds no list of {meta.chunk_lens[place]:,} calls")
+    for item in items:
+        if not (
+            isinstance(item, Mapping)
+            and isinstance(item.get("args"), list | tuple)
+            and isinstance(item.get("kwargs"), Mapping)
+        ):
+            raise IntegrityError(f"{file} holds an item that is no call with args and kwargs")
     return items
+
+
+def _decompressed(data: bytes) -> bytes:
+    zstd = require_zstd()
+    size = zstd.frame_content_size(data)
+    # Recorded tensors shrink little; a frame that says far more than it holds would fill the memory.
+    if not 0 <= size <= _FREE_BYTES + _MAX_RATIO * len(data):
+        raise ValueError(f"{len(data):,} compressed bytes would become {size:,}")
+    found: bytes = zstd.ZstdDecompressor().decompress(data)
+    return found
 
 
 def _chunk(folder: Path, meta: Meta, place: int) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from qwodel.checkpoint.dtypes import torch_dtype
 from qwodel.exceptions import CalibrationError, ConversionError, IntegrityError, ValidationError
 from qwodel.process_state import MODEL_BUILDING
 from qwodel.segquant.batches import Call, calls_of, run_call, tensors_of
+from qwodel.segquant.calibration_files import read_meta
 from qwodel.segquant.calibration_set import load_calibrate_set
 from qwodel.segquant.config import Configuration
 from qwodel.segquant.quantization import quantize_model
@@ -81,10 +81,12 @@ class Denoiser:
         Raises:
             CalibrationError: there is none in the folder, or it is not complete.
         """
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        found = load_calibrate_set(folder, compress=bool(meta.get("compress")))
-        if found is None:
+        meta = read_meta(folder)
+        if meta is None:
             raise CalibrationError(f"{folder} is no calibration set")
+        found = load_calibrate_set(folder, compress=meta.compress)
+        if found is None or not len(found):
+            raise CalibrationError(f"the calibration set in {folder} is empty")
         return calls_of(found.dataloader(batch_size))
 
     def sampled_calls(

@@ -13,10 +13,12 @@ from torch import nn
 
 from qwodel.exceptions import DependencyError, IntegrityError, ValidationError
 from qwodel.extras import install_hint
+from qwodel.model_config import read_config
 from qwodel.modeling.empty_models import parameters_on_meta
 from qwodel.process_state import MODEL_BUILDING
-from qwodel.safetensors_files import checkpoint_files, read_header
+from qwodel.safetensors_files import check_index, checkpoint_files, find_index, read_header, read_index
 from qwodel.segquant.structure import FORMAT, QUANT_METHOD, built_layer, structure_of
+from qwodel.untrusted import checked_path, foreign_errors, kind_of, parse_json, read_json_object
 
 __all__ = ["load_quantized", "save_quantized"]
 
@@ -82,28 +84,30 @@ def load_quantized(
         ValidationError: the path holds no quantized model, or a model is needed.
         IntegrityError: tensors are missing, left over or of other shapes.
     """
-    path = Path(path)
-    if (path / "model_index.json").is_file():
+    path = checked_path(path)
+    if kind_of(path) == "directory" and kind_of(path / "model_index.json") == "file":
         return _load_pipeline(path, device)
     files, structure, config = _opened(path)
     if model is None:
         model = _empty(path, config)
-    return _fill(model, files, structure).to(device).eval()
+    return _fill(model, files, structure, path).to(device).eval()
 
 
 def _opened(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, Any]]:
     config: dict[str, Any] = {}
-    if path.is_dir():
-        try:
-            config = json.loads((path / "config.json").read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValidationError(f"{path} has no readable config.json: {error}") from error
-        structure, files = config.get("quantization_config") or {}, checkpoint_files(path)
-    elif path.is_file():
-        found = read_header(path).metadata.get(_KEY)
-        structure, files = json.loads(found) if found else {}, [path]
-    else:
+    kind = kind_of(path)
+    if kind is None:
         raise ValidationError(f"{path} does not exist")
+    if kind == "directory":
+        config = read_config(path)
+        if not config:
+            raise ValidationError(f"{path} has no readable config.json")
+        structure, files = config.get("quantization_config") or {}, checkpoint_files(path)
+    else:
+        text = read_header(path).metadata.get(_KEY)
+        structure, files = parse_json(text, f"the structure in {path}") if text else {}, [path]
+    if not isinstance(structure, dict):
+        raise ValidationError(f"{path}: the structure of its layers is no object")
     if structure.get("quant_method") != QUANT_METHOD:
         raise ValidationError(
             f"{path} holds no model quantized by segquant", hint="write it with save_quantized or -b segquant"
@@ -113,29 +117,45 @@ def _opened(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, Any]]:
             f"{path} is of format {structure.get('format')}, and this release reads {FORMAT}",
             hint="update qwodel",
         )
+    if not isinstance(structure.get("layers"), dict) or not structure["layers"]:
+        raise ValidationError(f"{path} describes no quantized layers")
     return files, structure, config
 
 
-def _fill(model: nn.Module, files: list[Path], structure: Mapping[str, Any]) -> nn.Module:
-    from safetensors.torch import load_file
-
+def _fill(model: nn.Module, files: list[Path], structure: Mapping[str, Any], path: Path) -> nn.Module:
     layers = dict(model.named_modules())
     for name, described in structure["layers"].items():
-        if name not in layers:
+        if name not in layers or not name:
             raise ValidationError(
-                f"the model has no layer {name}", hint="give the architecture that was quantized"
+                f"the model has no layer {name!r:.200}", hint="give the architecture that was quantized"
             )
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, built_layer(described))
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        state |= load_file(file)
+        with foreign_errors(f"{path}: the description of the layer {name} is damaged"):
+            setattr(model.get_submodule(parent), leaf, built_layer(described))
+    state = _state(files, path)
     _restore_shared(model, state)
-    try:
+    with foreign_errors("the tensors do not fit the model", error=IntegrityError):
         model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise IntegrityError(f"the tensors do not fit the model: {error}") from error
     return model
+
+
+def _state(files: list[Path], path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the files, which hold what their index says."""
+    from safetensors.torch import load_file
+
+    state: dict[str, torch.Tensor] = {}
+    held: dict[str, str] = {}
+    for file in files:
+        for entry in read_header(file):
+            if entry.name in held:
+                raise ValidationError(f"{path}: tensor {entry.name!r} is in more than one file")
+            held[entry.name] = file.name
+        with foreign_errors(f"{file} cannot be read", error=IntegrityError):
+            state |= load_file(file)
+    index = find_index(path) if path.is_dir() else None
+    if index is not None:
+        check_index(index, read_index(index), held)
+    return state
 
 
 def _empty(path: Path, config: Mapping[str, Any]) -> nn.Module:
@@ -148,24 +168,30 @@ def _empty(path: Path, config: Mapping[str, Any]) -> nn.Module:
             hint="pass model=, a model of the same architecture",
         )
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    with MODEL_BUILDING, parameters_on_meta():
+    with (
+        foreign_errors(f"{name} cannot be built from the configuration of {path}"),
+        MODEL_BUILDING,
+        parameters_on_meta(),
+    ):
         model: nn.Module = kind.from_config(plain)
     return model
 
 
 def _load_pipeline(path: Path, device: str | torch.device) -> Any:
-    index = json.loads((path / "model_index.json").read_text("utf-8"))
     quantized = {}
-    for name in index:
-        file = path / name / "config.json"
-        if file.is_file():
-            found = json.loads(file.read_text("utf-8")).get("quantization_config") or {}
-            if found.get("quant_method") == QUANT_METHOD:
-                quantized[name] = load_quantized(path / name, device=device)
+    for name in read_json_object(path / "model_index.json"):
+        if name != Path(name).name or name in (".", ".."):
+            raise ValidationError(f"{path}: model_index.json names {name!r:.200}, which is no component")
+        if name.startswith("_") or kind_of(path / name) != "directory":
+            continue
+        stated = read_config(path / name).get("quantization_config") or {}
+        if stated.get("quant_method") == QUANT_METHOD:
+            quantized[name] = load_quantized(path / name, device=device)
     if not quantized:
         raise ValidationError(f"{path} has no component quantized by segquant")
-    with MODEL_BUILDING:
-        pipeline = _diffusers().DiffusionPipeline.from_pretrained(path, local_files_only=True, **quantized)
+    pipelines = _diffusers().DiffusionPipeline
+    with foreign_errors(f"diffusers cannot load {path}"), MODEL_BUILDING:
+        pipeline = pipelines.from_pretrained(path, local_files_only=True, **quantized)
     return pipeline.to(device)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from qwodel.exceptions import CalibrationError, ConfigurationError, ResourceError, ValidationError
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.smoothquant.observe import ActivationStatistics, mask_of, observe_activations
+from qwodel.untrusted import checked_path, foreign_errors, kind_of
 
 __all__ = [
     "calibrate",
@@ -194,32 +195,36 @@ def load_activation_scales(path: str | os.PathLike[str]) -> dict[str, torch.Tens
     Pickle is opened with ``weights_only=True``: nothing in the file is executed.
 
     Raises:
-        ValidationError: the file is missing, or holds no dictionary of vectors.
+        ValidationError: the file is missing or damaged, or holds no dictionary of vectors of finite
+            numbers that are at least 0.
     """
-    source = Path(path)
-    if not source.is_file():
+    source = checked_path(path)
+    if kind_of(source) != "file":
         raise ValidationError(
             f"the activation scales {source} do not exist",
             hint="make them with generate_act_scales, or with compute_activation_scales",
         )
-    try:
+    with foreign_errors(f"{source} is no file of activation scales"):
         if source.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             loaded: Any = load_file(source)
         else:
             loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # A damaged pickle or header fails in many ways.
-        raise ValidationError(f"{source} is no file of activation scales: {error}") from error
-    vectors = (
-        isinstance(loaded, dict)
-        and loaded
-        and all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) and value.ndim == 1
-            for name, value in loaded.items()
-        )
-    )
-    if not vectors:
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(name, str) for name in loaded):
         raise ValidationError(f"{source} is no file of activation scales: it holds no dictionary of vectors")
-    return {name: value.float() for name, value in loaded.items()}
+    return {name: _scales(value, f"{source}: the entry {name[:200]!r}") for name, value in loaded.items()}
+
+
+def _scales(value: Any, what: str) -> torch.Tensor:
+    vector = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.ndim == 1
+    if not vector or value.is_complex() or value.dtype == torch.bool or value.device.type != "cpu":
+        raise ValidationError(f"{what} is no vector of activation scales")
+    with foreign_errors(what):
+        scales: torch.Tensor = value.detach().float()
+    if not len(scales) or not scales.isfinite().all() or (scales < 0).any():
+        raise ValidationError(
+            f"{what} holds scales that no activations have (none, NaN, infinite or negative)",
+            hint="make them again with generate_act_scales",
+        )
+    return scales

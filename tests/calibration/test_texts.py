@@ -43,8 +43,8 @@ def test_columns_are_found_named_or_chat(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.json", "{broken", "is not JSON"),
-        ("x.jsonl", '{"text": "ok"}\n{broken', "line 2 is not JSON"),
+        ("x.json", "{broken", "is not readable JSON"),
+        ("x.jsonl", '{"text": "ok"}\n{broken', "line 2 is not readable JSON"),
         ("x.json", '[{"label": 3}]', "has no text column"),
         ("x.json", '[{"text": 3}]', "is int, not a string"),
         ("x.txt", "   \n", "holds no text"),

@@ -160,7 +160,7 @@ def test_plain_fp8_is_a_cast_only_while_nothing_has_scales(tmp_path: Path) -> No
           "a.hadamard_quip": torch.ones((), dtype=torch.int8)}, {}, "QuIP"),
         ({"a.weight": torch.zeros(4, 4, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1), "a.comfy_quant":
           torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)}, {}, "rotated"),
-        ({"a.weight": torch.zeros(4, 4), "a.comfy_quant": torch.tensor(list(b"{"), dtype=torch.uint8)}, {}, "damaged"),
+        ({"a.weight": torch.zeros(4, 4), "a.comfy_quant": torch.tensor(list(b"{"), dtype=torch.uint8)}, {}, "description a.comfy_quant is not readable JSON"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(tmp_path: Path, tensors: Any, config: Any, named: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from qwodel.exceptions import (
     ValidationError,
 )
 from qwodel.hardware import CalibrationSizes, Fitted, available_memory, list_gpus, with_backoff
+from qwodel.model_config import read_config
 from qwodel.output import require_space
 from qwodel.side_files import copy_side_files, side_files
 from qwodel.source import ModelSource
@@ -252,7 +252,7 @@ def _check_ties(source: ModelSource, folder: Path) -> None:
     def tied(config: Mapping[str, Any]) -> Any:
         return text_config(config).get("tie_word_embeddings")
 
-    written = json.loads((folder / "config.json").read_text("utf-8"))
+    written = read_config(folder)
     if tied(source.config) is not None and tied(written) != tied(source.config):
         raise IntegrityError(
             f"tie_word_embeddings was {tied(source.config)} and is {tied(written)} in the result"

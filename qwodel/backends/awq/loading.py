@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwodel.exceptions import CalibrationError, ConversionError, ValidationError
+from qwodel.untrusted import read_json_object
 
 __all__ = ["check_architecture", "context_length", "load_model", "load_tokenizer", "read_json", "text_config"]
 
@@ -107,6 +107,9 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    document: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return document
+    """Return the JSON object in a file.
+
+    Raises:
+        ValidationError: the file is missing, or holds something else.
+    """
+    return read_json_object(path, constants=True)

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from qwodel.backends.base import BackendOptions
 from qwodel.calibration import DEFAULT_DATASET
 from qwodel.calibration.options import CalibrationBatches, Dataset
+from qwodel.name_patterns import name_pattern
 
 __all__ = ["AWQOptions"]
 
@@ -64,10 +65,7 @@ class AWQOptions(CalibrationBatches, BackendOptions):
     def _patterns_compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for each in value:
             if each.startswith("re:"):
-                try:
-                    re.compile(each[3:])
-                except re.error as error:
-                    raise ValueError(f"{each!r} is not a regular expression: {error}") from error
+                name_pattern(each[3:])
         return value
 
     @field_validator("group_size")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from qwodel.backends.awq.options import AWQOptions
 from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.modeling.wiring import Kind, Pair, find_pairs
+from qwodel.name_patterns import name_pattern
 
 __all__ = [
     "KERNEL_GROUPS",
@@ -45,7 +45,7 @@ _log = logging.getLogger("AWQQuantizer")
 def is_ignored(name: str, patterns: Iterable[str]) -> bool:
     """Whether a module is named, or matched from its start to its end by a ``re:`` pattern."""
     return any(
-        re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
+        name_pattern(pattern[3:]).fullmatch(name) if pattern.startswith("re:") else pattern == name
         for pattern in patterns
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,13 @@ from qwodel.backends.coreml.wrappers import (
 )
 from qwodel.process_state import quiet_transformers
 from qwodel.progress import Progress
+from qwodel.untrusted import checked_number, kind_of, read_json_object
 
 __all__ = ["Built", "build"]
 
 _BARS = (("PyTorch", 0.25, 0.5), ("frontend", 0.5, 0.55), ("default", 0.55, 0.93), ("backend", 0.93, 0.97))
 _HALF = (0.5, 0.5, 0.5)
+_NORMALIZATION = ("image_mean", "image_std")
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,18 @@ def _image_probes(shape: tuple[int, ...]) -> list[Probe]:
 def _processor(job: Job[CoreMLOptions], channels: int) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Return the image processor's factor, mean and deviation; without one, pixels become −1 … 1."""
     file = job.source.path / "preprocessor_config.json"
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    scale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
+    config = read_json_object(file) if kind_of(file) == "file" else {}
+    factor = checked_number(config.get("rescale_factor", 1 / 255), f"{file}: rescale_factor")
+    scale = factor if config.get("do_rescale", True) else 1.0
     if not config.get("do_normalize", True):
         return scale, torch.zeros(channels), torch.ones(channels)
-    mean, std = config.get("image_mean", _HALF[:channels]), config.get("image_std", _HALF[:channels])
+    mean, std = (_of_channels(config.get(key, _HALF[:channels]), f"{file}: {key}") for key in _NORMALIZATION)
     return scale, torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+
+
+def _of_channels(given: Any, what: str) -> list[float]:
+    values = list(given) if isinstance(given, list | tuple) else [given]
+    return [checked_number(value, what) for value in values]
 
 
 def _build_program(job: Job[CoreMLOptions], recipe: Recipe) -> Built:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from qwodel.backends.coreml.fingerprints import SourceTensors, fingerprint
 from qwodel.backends.coreml.mil.program import Operation, Program
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.exceptions import ConfigurationError, did_you_mean
+from qwodel.name_patterns import name_pattern
 
 __all__ = ["Weight", "check_exclusions", "unplaced", "weights_of"]
 
@@ -115,7 +115,7 @@ def _excluded(weight: Weight, options: CoreMLOptions) -> Weight:
 def _matches(pattern: str, name: str) -> bool:
     """Whether a parameter is, or belongs to, the named layer; ``re:`` begins an expression."""
     if pattern.startswith("re:"):
-        return re.search(pattern[3:], name) is not None
+        return name_pattern(pattern[3:]).search(name)
     return name == pattern or name.startswith(f"{pattern}.")
 
 

@@ -29,6 +29,7 @@ from qwodel.backends.gguf.verify import (
 from qwodel.calibration.options import renamed
 from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityError, ValidationError
 from qwodel.gguf_header import GGML_TYPES, GGUFHeader, read_gguf_header
+from qwodel.name_patterns import name_pattern
 from qwodel.output import require_space
 from qwodel.source import ModelSource
 
@@ -206,7 +207,7 @@ def _check_types(options: GGUFOptions, headers: list[GGUFHeader]) -> None:
     """Refuse types that llama.cpp would not apply, or only fail on."""
     shapes = {tensor.name: tensor.shape for header in headers for tensor in header.tensors.values()}
     for pattern in options.tensor_types:
-        if not any(re.search(pattern, name) for name in shapes):
+        if not any(name_pattern(pattern).search(name) for name in shapes):
             raise ConfigurationError(
                 f"tensor_types: no tensor of the model matches {pattern!r}",
                 hint=f"names look like {next((n for n in shapes if n.startswith('blk.')), next(iter(shapes)))}",

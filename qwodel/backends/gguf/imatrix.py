@@ -9,6 +9,7 @@ quantize tool. Format: llama.cpp ``tools/imatrix`` and ``common/imatrix-loader``
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from qwodel.exceptions import CalibrationError
+from qwodel.exceptions import CalibrationError, IntegrityError
 from qwodel.gguf_header import GGUFArray, GGUFHeader, read_gguf_header
+from qwodel.untrusted import checked_int, kind_of, open_regular
 
 __all__ = ["ImatrixEntry", "ImportanceMatrix", "read_imatrix", "write_imatrix"]
 
@@ -72,17 +74,22 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     Raises:
         CalibrationError: the file is missing, damaged, or is no importance matrix.
     """
-    try:
-        with path.open("rb") as file:
+    if kind_of(path, error=CalibrationError) is None:
+        raise CalibrationError(f"the importance matrix {path} does not exist")
+    with open_regular(path, error=CalibrationError) as file:
+        try:
             is_gguf = file.read(4) == b"GGUF"
-        matrix = _read_gguf(path) if is_gguf else _read_legacy(path)
-    except FileNotFoundError as error:
-        raise CalibrationError(f"the importance matrix {path} does not exist") from error
-    except (OSError, ValueError, struct.error, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} is not a readable importance matrix: {error}") from error
+            file.seek(0)
+            matrix = _read_gguf(path) if is_gguf else _read_legacy(file)
+        except (OSError, ValueError, struct.error, IntegrityError) as error:
+            raise CalibrationError(f"{path} is not a readable importance matrix: {error}") from error
     for name, entry in matrix.entries.items():
-        if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
-            raise CalibrationError(f"{path}: the entry of {name} has values that are not finite")
+        for values in (entry.sums, entry.counts):
+            if not (np.isfinite(values).all() and (values >= 0).all()):
+                raise CalibrationError(
+                    f"{path}: the entry of {name} has values that are negative or not finite",
+                    hint="make the importance matrix again",
+                )
     return matrix
 
 
@@ -101,15 +108,19 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
         if weight + _COUNTS not in header.tensors:
             raise ValueError(f"{weight} has sums without counts")
         counts = _tensor(header, weight + _COUNTS).reshape(-1)
-        entries[weight] = ImatrixEntry(_tensor(header, name).reshape(counts.size, -1), counts)
+        sums = _tensor(header, name)
+        if not counts.size or not sums.size or sums.size % counts.size:
+            raise ValueError(f"{weight} has {sums.size} sums and {counts.size} counts")
+        entries[weight] = ImatrixEntry(sums.reshape(counts.size, -1), counts)
     if not entries:
         raise ValueError("it has no entries")
     datasets = header.metadata["imatrix.datasets"]
+    names = datasets.decode() if isinstance(datasets, GGUFArray) else []
     return ImportanceMatrix(
         entries,
-        tuple(datasets.decode()) if isinstance(datasets, GGUFArray) else (),
-        int(header.metadata["imatrix.chunk_count"]),
-        int(header.metadata["imatrix.chunk_size"]),
+        tuple(name for name in names if isinstance(name, str)),
+        checked_int(header.metadata["imatrix.chunk_count"], "imatrix.chunk_count"),
+        checked_int(header.metadata["imatrix.chunk_size"], "imatrix.chunk_size"),
     )
 
 
@@ -120,27 +131,31 @@ def _tensor(header: GGUFHeader, name: str) -> Floats:
     return np.fromfile(header.path, np.float32, tensor.numel, offset=tensor.begin).reshape(tensor.shape)
 
 
-def _read_legacy(path: Path) -> ImportanceMatrix:
-    entries = {}
-    with path.open("rb") as file:
-        (count,) = _unpack(file, "<i")
-        if not 0 < count < 1 << 20:
-            raise ValueError("it is in neither of llama.cpp's formats")
-        for _ in range(count):
-            (length,) = _unpack(file, "<i")
-            name = file.read(length).decode("utf-8")
-            calls, size = _unpack(file, "<ii")
-            if size < 1:
-                raise ValueError(f"the entry of {name} is empty")
-            values = np.frombuffer(file.read(4 * size), np.float32)
-            if values.size != size:
-                raise ValueError(f"it ends within the entry of {name}")
-            # A stored value is mean · calls, so sums over one matrix with ``calls`` counts mean the same.
-            entries[name] = ImatrixEntry(values[None], np.array([max(calls, 1)], np.float32))
-        tail = file.read(8)
-        chunks, length = struct.unpack("<ii", tail) if len(tail) == 8 else (0, 0)
-        dataset = file.read(length).decode("utf-8", "replace") if length > 0 else ""
+def _read_legacy(file: BinaryIO) -> ImportanceMatrix:
+    entries: dict[str, ImatrixEntry] = {}
+    (count,) = _unpack(file, "<i")
+    if not 0 < count < 1 << 20:
+        raise ValueError("it is in neither of llama.cpp's formats")
+    for _ in range(count):
+        name = _bytes(file, _unpack(file, "<i")[0]).decode("utf-8")
+        calls, size = _unpack(file, "<ii")
+        if size < 1 or name in entries:
+            raise ValueError(f"the entry of {name[:100]} is {'empty' if size < 1 else 'there twice'}")
+        values = np.frombuffer(_bytes(file, 4 * size), np.float32)
+        # A stored value is mean · calls, so sums over one matrix with ``calls`` counts mean the same.
+        entries[name] = ImatrixEntry(values[None], np.array([max(calls, 1)], np.float32))
+    tail = file.read(8)
+    chunks, length = struct.unpack("<ii", tail) if len(tail) == 8 else (0, 0)
+    dataset = _bytes(file, length).decode("utf-8", "replace") if length > 0 else ""
     return ImportanceMatrix(entries, (dataset,) if dataset else (), chunks, 0, legacy=True)
+
+
+def _bytes(file: BinaryIO, size: int) -> bytes:
+    """The next ``size`` bytes, asked for only where the file has them."""
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if not 0 <= size <= left:
+        raise ValueError(f"it has {left:,} more bytes where {size:,} are announced")
+    return file.read(size)
 
 
 def _unpack(file: BinaryIO, code: str) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from qwodel.backends.base import BackendOptions
 from qwodel.calibration.options import CalibrationText, Dataset
 from qwodel.exceptions import did_you_mean
 from qwodel.gguf_header import GGML_TYPES
+from qwodel.name_patterns import name_pattern
 
 __all__ = ["GGUFOptions"]
 
@@ -29,10 +29,7 @@ def _ggml_type(value: str) -> str:
 
 
 def _pattern(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{value!r} is not a regular expression: {error}") from error
+    name_pattern(value)
     return value
 
 

@@ -9,7 +9,6 @@ Differences raise :class:`~qwodel.exceptions.IntegrityError`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from qwodel.exceptions import IntegrityError
 from qwodel.gguf_header import GGML_TYPES, GGUFArray, GGUFHeader, GGUFTensor
+from qwodel.untrusted import kind_of, read_json
 
 __all__ = [
     "PROBE",
@@ -163,9 +163,9 @@ def _check_vocabulary(tokenizer: Mapping[str, Any], names: list[str]) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if kind_of(file) != "file":
         return {}
-    content = json.loads(file.read_text("utf-8"))
+    content = read_json(file, constants=True)
     return content if isinstance(content, dict) else {}
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
-from qwodel.exceptions import CalibrationError, ConfigurationError
+from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
 from qwodel.segquant.affiner.attach import (
     AffinerProtocol,
     find_denoiser,
@@ -24,6 +23,7 @@ from qwodel.segquant.affiner.base import HEADER, Affiner
 from qwodel.segquant.affiner.config import AffinerConfig, Settings, parse_config
 from qwodel.segquant.affiner.kinds import make_affiner
 from qwodel.segquant.sampling_run import call_arguments, seeded
+from qwodel.untrusted import checked_number, checked_path, foreign_errors, open_regular, parse_json
 
 __all__ = ["load_affiner"]
 
@@ -70,7 +70,7 @@ def load_affiner(
                 "a saved affiner is loaded, or a new one learned, not both",
                 hint="load_affiner(path), or load_affiner(config, dataset, model_real, model_quant)",
             )
-        return _open(Path(config))
+        return _open(checked_path(config, error=CalibrationError))
     parsed = parse_config(config)
     if dataset is None or model_real is None or model_quant is None:
         raise ConfigurationError(
@@ -167,19 +167,37 @@ class _Lesson:
 
 
 def _open(path: Path) -> Affiner:
+    what, hint = f"{path} is no saved affiner", "give a path that dump_path or save() wrote"
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-            if header["version"] != 1:
-                raise ValueError(f"version {header['version']}")
+        open_regular(path).close()
+    except ValidationError as error:
+        raise CalibrationError(f"{what}: {error}", hint=hint) from error
+    with foreign_errors(what, error=CalibrationError, hint=hint), safe_open(path, "pt") as file:
+        header = parse_json((file.metadata() or {})[HEADER], "its description", error=CalibrationError)
+        if header["version"] != 1:
+            raise ValueError(f"version {header['version']}")
+        try:
             affiner = make_affiner(parse_config(header["config"]))
-            solutions = {
-                float(timestep): (file.get_tensor(f"{place}.gain"), file.get_tensor(f"{place}.bias"))
-                for place, timestep in enumerate(header["solved"])
-            }
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CalibrationError(
-            f"{path} is no saved affiner: {error}", hint="give a path that dump_path or save() wrote"
-        ) from error
-    affiner.restore([float(each) for each in header["timesteps"]], solutions)
+        except ConfigurationError as error:
+            raise CalibrationError(f"{what}: {error}", hint=hint) from error
+        timesteps = [
+            checked_number(each, "a timestep", error=CalibrationError) for each in header["timesteps"]
+        ]
+        solutions = {
+            checked_number(timestep, "a timestep", error=CalibrationError): _solution(file, place)
+            for place, timestep in enumerate(header["solved"])
+        }
+        if timesteps != sorted(timesteps) or not solutions.keys() <= set(timesteps):
+            raise ValueError("its timesteps do not rise, or are not those it corrects")
+    affiner.restore(timesteps, solutions)
     return affiner
+
+
+def _solution(file: Any, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    gain, bias = file.get_tensor(f"{place}.gain"), file.get_tensor(f"{place}.bias")
+    fits = (
+        gain.shape == bias.shape and gain.ndim >= 1 and gain.is_floating_point() and bias.is_floating_point()
+    )
+    if not (fits and gain.isfinite().all() and bias.isfinite().all()):
+        raise ValueError(f"gain and bias of place {place} are no finite numbers of one shape")
+    return gain, bias

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 
 from qwodel.backends.coreml.mil.weight_file import WeightFile, unpack_bits
 from qwodel.exceptions import IntegrityError
+from qwodel.untrusted import read_json
 
 __all__ = ["Operation", "Program", "TensorType"]
 
@@ -194,7 +194,7 @@ class Program:
 def _model_file(package: Path) -> Path:
     manifest = package / "Manifest.json"
     try:
-        entries = json.loads(manifest.read_text("utf-8"))
+        entries = read_json(manifest)
         item = entries["itemInfoEntries"][entries["rootModelIdentifier"]]
         model = package / "Data" / str(item["path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
