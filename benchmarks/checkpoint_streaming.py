@@ -85,14 +85,14 @@ def load_and_save(source: Path, target: Path) -> float:
 
 
 def stream(source: Path, target: Path, name: str, check: bool, workers: int, device: str) -> float:
-    from qwodel.checkpoint.convert import convert
-    from qwodel.checkpoint.device_executor import executor_for, make_executor
-    from qwodel.checkpoint.planning import build_plan
-    from qwodel.checkpoint.recipe import Recipe
-    from qwodel.checkpoint.storage_format import storage_format
-    from qwodel.checkpoint.streaming import resolve_device
-    from qwodel.checkpoint.transformers_layout import TransformersLayout
-    from qwodel.checkpoint.verify import verify
+    from qwodel.checkpoint.formats.storage_format import storage_format
+    from qwodel.checkpoint.layouts.transformers import TransformersLayout
+    from qwodel.checkpoint.plan.planning import build_plan
+    from qwodel.checkpoint.plan.recipe import Recipe
+    from qwodel.checkpoint.run.convert import convert
+    from qwodel.checkpoint.run.device_executor import executor_for, make_executor
+    from qwodel.checkpoint.run.verify import verify
+    from qwodel.devices import resolve_device
 
     base = resident_mb()
     plan = build_plan(source, Recipe(format=storage_format(name), max_shard_size=SHARD), TransformersLayout())
@@ -104,14 +104,14 @@ def stream(source: Path, target: Path, name: str, check: bool, workers: int, dev
 
 def stream_one_file(source: Path, target: Path, workers: int, device: str) -> float:
     """What :func:`convert_with_peer` does, by us, read back too."""
-    from qwodel.checkpoint.comfyui import ComfyUILayout
-    from qwodel.checkpoint.convert import convert
-    from qwodel.checkpoint.device_executor import executor_for, make_executor
-    from qwodel.checkpoint.planning import build_plan
-    from qwodel.checkpoint.recipe import Recipe
-    from qwodel.checkpoint.storage_format import storage_format
-    from qwodel.checkpoint.streaming import resolve_device
-    from qwodel.checkpoint.verify import verify
+    from qwodel.checkpoint.formats.storage_format import storage_format
+    from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
+    from qwodel.checkpoint.plan.planning import build_plan
+    from qwodel.checkpoint.plan.recipe import Recipe
+    from qwodel.checkpoint.run.convert import convert
+    from qwodel.checkpoint.run.device_executor import executor_for, make_executor
+    from qwodel.checkpoint.run.verify import verify
+    from qwodel.devices import resolve_device
 
     base = resident_mb()
     plan = build_plan(source, Recipe(format=storage_format("fp8_e4m3")), ComfyUILayout())

@@ -273,7 +273,7 @@ def kills(backend: str, count: int, scratch: Path, chance: random.Random) -> Tal
     runs = Runs(backend, log)
     seconds, said = runs.run(request)
     assert said == "done", said
-    request |= {"model": str(scratch / "models" / kind), "out": str(scratch / "out" / backend)}
+    request["out"] = str(scratch / "out" / backend)
     Path(request["out"]).parent.mkdir(exist_ok=True)
     for _ in range(count):
         one_kill(backend, runs, request, seconds, chance, tally, scratch / "older" / backend)

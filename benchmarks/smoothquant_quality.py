@@ -31,7 +31,7 @@ import torch
 
 from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.quant_types import INT8, ROW
-from qwodel.checkpoint.rounding import FromStatistics, LayerWeight
+from qwodel.checkpoint.rounding.methods import FromStatistics, LayerWeight
 from qwodel.modeling.collect import collect_statistics
 from qwodel.smoothquant import ActivationStatistics, Scheme, fake_quantized, smooth_model
 from qwodel.smoothquant.calibration import calibrate

@@ -37,9 +37,9 @@ from qwodel.algorithms.hadamard import convrot_weight
 from qwodel.algorithms.quant_types import INT8, ROW
 from qwodel.algorithms.scales import quantize
 from qwodel.cache import cache_dir
-from qwodel.checkpoint.dequantize_sources import resolve_sources
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.source_decoders import RotatedDecoder
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.source.dequantize_sources import resolve_sources
+from qwodel.checkpoint.source.source_decoders import RotatedDecoder
 from qwodel.demo import demo_model
 
 METHODS = (

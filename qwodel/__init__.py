@@ -5,6 +5,8 @@ The public names load on first use (PEP 562), so ``import qwodel`` costs next to
 
 from __future__ import annotations
 
+from qwodel.version import __version__
+
 TYPE_CHECKING = False  # typing's own constant would cost as much as the whole interpreter's start
 if TYPE_CHECKING:
     from typing import Any
@@ -40,8 +42,6 @@ __all__ = [
     "__version__",
     "quantize",
 ]
-
-__version__ = "2.0.0.dev0"
 
 _HOME = {name: "qwodel.exceptions" for name in __all__ if name.endswith("Error") or name == "Cancelled"}
 _HOME |= {"Quantizer": "qwodel.quantizer", "quantize": "qwodel.quantizer"}

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qwodel import __version__
+from qwodel.version import __version__
 
 __all__ = ["SCHEMA", "envelope", "json_safe", "json_text", "source_facts", "versions_of"]
 

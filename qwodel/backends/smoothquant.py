@@ -11,7 +11,7 @@ from pydantic import Field
 
 from qwodel.backends.base import BackendOptions, BaseQuantizer, FormatSpec, Job
 from qwodel.calibration.options import CalibrationBatches, renamed
-from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
+from qwodel.checkpoint.plan.recipe import DEFAULT_SHARD_SIZE
 from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.output import require_space
 from qwodel.source import ModelSource

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from qwodel.backends.base import BackendOptions
 from qwodel.calibration.options import CalibrationBatches
-from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
+from qwodel.checkpoint.plan.recipe import DEFAULT_SHARD_SIZE
 
 __all__ = ["WeightFileOptions"]
 

@@ -10,8 +10,15 @@ from qwodel.algorithms.converter_options import rounding_options
 from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.gptq import GptqOptions
 from qwodel.backends.weight_file_options import WeightFileOptions
-from qwodel.checkpoint.rounding import FromStatistics, FromStore, Learned, Nearest, Rounding, ScaleSearch
-from qwodel.checkpoint.statistics import StatisticsFile
+from qwodel.checkpoint.rounding.methods import (
+    FromStatistics,
+    FromStore,
+    Learned,
+    Nearest,
+    Rounding,
+    ScaleSearch,
+)
+from qwodel.checkpoint.rounding.statistics import StatisticsFile
 from qwodel.exceptions import ConfigurationError
 
 __all__ = ["data_aware", "rounding_of"]

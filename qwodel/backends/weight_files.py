@@ -12,20 +12,21 @@ from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.backends.weight_file_options import WeightFileOptions
 from qwodel.backends.weight_file_rounding import data_aware, rounding_of
 from qwodel.calibration.options import renamed
-from qwodel.checkpoint.comfyui import ComfyUILayout
-from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.decisions import Action
-from qwodel.checkpoint.device_executor import executor_for, make_executor
-from qwodel.checkpoint.layer_config import LayerConfig, load_layer_config
-from qwodel.checkpoint.layout import Layout
-from qwodel.checkpoint.plan import Plan
-from qwodel.checkpoint.planning import build_plan
-from qwodel.checkpoint.recipe import LayerOverride, LoraSource, Recipe
-from qwodel.checkpoint.rounding import FromStatistics, FromStore
-from qwodel.checkpoint.storage_format import StorageFormat, storage_format
-from qwodel.checkpoint.streaming import resolve_device
-from qwodel.checkpoint.transformers_layout import TransformersLayout
-from qwodel.checkpoint.verify import LayerQuality, verify
+from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
+from qwodel.checkpoint.layouts.layout import Layout
+from qwodel.checkpoint.layouts.transformers import TransformersLayout
+from qwodel.checkpoint.lora.merge import LoraSource
+from qwodel.checkpoint.plan.layer_config import LayerConfig, load_layer_config
+from qwodel.checkpoint.plan.plan import Plan
+from qwodel.checkpoint.plan.planning import build_plan
+from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe
+from qwodel.checkpoint.rounding.methods import FromStatistics, FromStore
+from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.device_executor import executor_for, make_executor
+from qwodel.checkpoint.run.verify import LayerQuality, verify
+from qwodel.checkpoint.tensors import Action
+from qwodel.devices import resolve_device
 from qwodel.exceptions import ConfigurationError
 from qwodel.output import require_space
 from qwodel.source import ModelSource

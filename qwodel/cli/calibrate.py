@@ -57,7 +57,7 @@ def calibrate(
     from qwodel.extras import install_hint
 
     try:
-        from qwodel.checkpoint.streaming import resolve_device
+        from qwodel.devices import resolve_device
         from qwodel.modeling.calibrated import collect_from_checkpoint
         from qwodel.modeling.calibration_batches import CalibrationOptions
     except ImportError as error:

@@ -16,9 +16,9 @@ def check(json_: JsonFlag = False) -> None:
     """Show what this machine has, what each backend still needs, and how to get it."""
     import platform
 
-    from qwodel import __version__
     from qwodel.cli.report import human_bytes, print_json, print_table, say
     from qwodel.hardware import available_memory, cpu_count, list_gpus
+    from qwodel.version import __version__
 
     gpus = list_gpus()
     facts: dict[str, Any] = {

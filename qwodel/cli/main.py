@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from qwodel import __version__
 from qwodel.cli import calibrate, check, formats, inspect, plan, quantize, quickstart, smoothquant
+from qwodel.version import __version__
 
 __all__ = ["app", "main"]
 

@@ -18,7 +18,7 @@ from qwodel.fp8.optimizers import get_optimizer
 from qwodel.fp8.runtime import clean_gpu_memory, generate_output_filename, get_device, setup_seed
 
 if TYPE_CHECKING:
-    from qwodel.checkpoint.layer_filters import should_process_layer
+    from qwodel.checkpoint.families.layer_filters import should_process_layer
 
 __all__ = [
     "COMPUTE_DTYPE",
@@ -41,7 +41,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "should_process_layer":
         raise AttributeError(f"module 'qwodel.fp8' has no attribute {name!r}")
-    from qwodel.checkpoint.layer_filters import should_process_layer
+    from qwodel.checkpoint.families.layer_filters import should_process_layer
 
     return should_process_layer
 

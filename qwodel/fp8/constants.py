@@ -9,7 +9,7 @@ import torch
 from qwodel.algorithms.quant_types import FP8_E4M3
 
 if TYPE_CHECKING:
-    from qwodel.checkpoint.layer_filters import (
+    from qwodel.checkpoint.families.layer_filters import (
         AVOID_KEY_NAMES,
         DISTILL_LAYER_KEYNAMES_LARGE,
         DISTILL_LAYER_KEYNAMES_SMALL,
@@ -77,7 +77,7 @@ FP8_MIN, FP8_MAX, FP8_MIN_POS = get_fp8_constants(TARGET_FP8_DTYPE)
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'qwodel.fp8.constants' has no attribute {name!r}")
-    from qwodel.checkpoint import layer_filters
+    from qwodel.checkpoint.families import layer_filters
 
     return getattr(layer_filters, name)
 

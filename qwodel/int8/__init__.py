@@ -11,16 +11,16 @@ from qwodel.int8.learned_rounding import LearnedRoundingConverter
 from qwodel.int8.quip import QuIPInt8Converter
 
 if TYPE_CHECKING:
-    from qwodel.checkpoint.layer_config import load_layer_config
-    from qwodel.checkpoint.layer_filters import MODEL_FILTERS
-    from qwodel.checkpoint.lora import (
+    from qwodel.checkpoint.families.layer_filters import MODEL_FILTERS
+    from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+    from qwodel.checkpoint.lora.merge import (
         load_lora_for_merging,
         load_lora_tensors,
         merge_lora_into_weight,
         merge_multiple_loras,
     )
-    from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
-    from qwodel.checkpoint.weights import read_weights
+    from qwodel.checkpoint.plan.layer_config import load_layer_config
+    from qwodel.checkpoint.source.weights import read_weights
     from qwodel.evaluation.quality import QualityReporter
 
 __all__ = [
@@ -46,15 +46,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "MODEL_FILTERS": "qwodel.checkpoint.layer_filters",
+    "MODEL_FILTERS": "qwodel.checkpoint.families.layer_filters",
     "QualityReporter": "qwodel.evaluation.quality",
-    "UnifiedSafetensorsLoader": "qwodel.checkpoint.reader",
-    "load_layer_config": "qwodel.checkpoint.layer_config",
-    "load_lora_for_merging": "qwodel.checkpoint.lora",
-    "load_lora_tensors": "qwodel.checkpoint.lora",
-    "merge_lora_into_weight": "qwodel.checkpoint.lora",
-    "merge_multiple_loras": "qwodel.checkpoint.lora",
-    "read_weights": "qwodel.checkpoint.weights",
+    "UnifiedSafetensorsLoader": "qwodel.checkpoint.files.reader",
+    "load_layer_config": "qwodel.checkpoint.plan.layer_config",
+    "load_lora_for_merging": "qwodel.checkpoint.lora.merge",
+    "load_lora_tensors": "qwodel.checkpoint.lora.merge",
+    "merge_lora_into_weight": "qwodel.checkpoint.lora.merge",
+    "merge_multiple_loras": "qwodel.checkpoint.lora.merge",
+    "read_weights": "qwodel.checkpoint.source.weights",
 }
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from qwodel.algorithms.converter_options import rounding_options
 from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.gptq import GptqOptions
-from qwodel.checkpoint.rounding import FromStatistics, Rounding
-from qwodel.checkpoint.statistics import StatisticsFile
-from qwodel.checkpoint.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.rounding.methods import FromStatistics, Rounding
+from qwodel.checkpoint.rounding.statistics import StatisticsFile
 from qwodel.exceptions import ConfigurationError
 from qwodel.int8.gptq import block_solver
 

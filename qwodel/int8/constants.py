@@ -9,7 +9,7 @@ import torch
 from qwodel.algorithms.quant_types import INT8
 
 if TYPE_CHECKING:
-    from qwodel.checkpoint.layer_filters import MODEL_FILTERS
+    from qwodel.checkpoint.families.layer_filters import MODEL_FILTERS
 
 __all__ = ["COMPUTE_DTYPE", "INT8_SYMMETRIC_MAX", "MODEL_FILTERS", "SCALE_DTYPE", "TARGET_INT8_DTYPE"]
 
@@ -29,7 +29,7 @@ INT8_SYMMETRIC_MAX: int = int(INT8.qmax)
 def __getattr__(name: str) -> Any:
     if name != "MODEL_FILTERS":
         raise AttributeError(f"module 'qwodel.int8.constants' has no attribute {name!r}")
-    from qwodel.checkpoint.layer_filters import MODEL_FILTERS
+    from qwodel.checkpoint.families.layer_filters import MODEL_FILTERS
 
     return MODEL_FILTERS
 

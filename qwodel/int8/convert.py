@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qwodel.algorithms.data_aware import RoundingReport
-from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.device_executor import executor_for, make_executor
-from qwodel.checkpoint.plan import Plan
-from qwodel.checkpoint.planning import build_plan
-from qwodel.checkpoint.verify import LayerQuality, verify
+from qwodel.checkpoint.plan.plan import Plan
+from qwodel.checkpoint.plan.planning import build_plan
+from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.device_executor import executor_for, make_executor
+from qwodel.checkpoint.run.verify import LayerQuality, verify
 from qwodel.exceptions import ValidationError
 from qwodel.hashes import SourceFiles
 from qwodel.int8.recipe import Int8Arguments
@@ -125,7 +125,7 @@ def convert_to_int8(
         exclude_layers: regular expression of tensors to leave as they are.
         low_memory: compute on the CPU, whatever ``device`` finds.
         streaming_mode, streaming_thresholds, no_memory_limits: which weights are too large for
-            the device; see :class:`~qwodel.checkpoint.streaming.StreamingOptions`. The environment's
+            the device; see :class:`~qwodel.devices.StreamingOptions`. The environment's
             ``STREAMING_AGGRESSIVENESS`` picks the mode in place of the default one.
         report_quality: log every layer's SQNR, the worst first.
         quality_threshold: in dB; layers below are warned of.

@@ -9,7 +9,7 @@ import torch
 from qwodel.algorithms.gptq import DEFAULT_DAMPING, BlockSolver, GptqOptions, gptq
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.quip import input_metric
-from qwodel.checkpoint.streaming import resolve_device
+from qwodel.devices import resolve_device
 from qwodel.exceptions import ConfigurationError, DependencyError, did_you_mean
 
 __all__ = ["GPTQInt8Converter"]

@@ -9,7 +9,7 @@ import torch
 from qwodel.algorithms.converter_options import rounding_options
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
 from qwodel.algorithms.weight_rounding import round_weight
-from qwodel.checkpoint.streaming import resolve_device
+from qwodel.devices import resolve_device
 from qwodel.exceptions import ConfigurationError, did_you_mean
 
 __all__ = ["LearnedRoundingConverter"]

@@ -10,7 +10,7 @@ import torch
 from qwodel.algorithms.gptq import GptqOptions, gptq
 from qwodel.algorithms.quant_types import INT8
 from qwodel.algorithms.quip import QuipOptions, QuipTransform, input_metric, quip_transformed
-from qwodel.checkpoint.streaming import StreamingOptions, device_memory
+from qwodel.devices import StreamingOptions, device_memory
 from qwodel.exceptions import ConfigurationError
 from qwodel.int8.gptq import block_solver, device_or_cpu, scale_granularity
 

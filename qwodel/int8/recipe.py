@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from qwodel.algorithms.converter_options import rounding_options
-from qwodel.checkpoint.comfyui import ComfyUILayout
-from qwodel.checkpoint.layer_config import LayerConfig
-from qwodel.checkpoint.layer_filters import validate_filters
-from qwodel.checkpoint.recipe import LayerOverride, LoraSource, Recipe
-from qwodel.checkpoint.rounding import Learned, Nearest, Rounding
-from qwodel.checkpoint.storage_format import StorageFormat, storage_format
-from qwodel.checkpoint.streaming import StreamingOptions, resolve_device
+from qwodel.checkpoint.families.layer_filters import validate_filters
+from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
+from qwodel.checkpoint.lora.merge import LoraSource
+from qwodel.checkpoint.plan.layer_config import LayerConfig
+from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe
+from qwodel.checkpoint.rounding.methods import Learned, Nearest, Rounding
+from qwodel.devices import StreamingOptions, resolve_device
 from qwodel.exceptions import ConfigurationError, did_you_mean
 from qwodel.int8.columnwise import COLUMNWISE, columnwise_rounding, learned_with_data, quip_format
 

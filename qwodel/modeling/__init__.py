@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwodel.checkpoint.statistics import StatisticsFile
+    from qwodel.checkpoint.rounding.statistics import StatisticsFile
     from qwodel.modeling.collect import collect_statistics
 
 __all__ = ["StatisticsFile", "collect_statistics"]
 
 _HOME = {
-    "StatisticsFile": "qwodel.checkpoint.statistics",
+    "StatisticsFile": "qwodel.checkpoint.rounding.statistics",
     "collect_statistics": "qwodel.modeling.collect",
 }
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport, round_together
 from qwodel.algorithms.gram import InputStatistics
-from qwodel.checkpoint.code_store import CodeStore
-from qwodel.checkpoint.storage_format import StorageFormat
+from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.rounding.code_store import CodeStore
 from qwodel.exceptions import QuantizationError
 from qwodel.modeling.lazy_model import LazyModel
 from qwodel.modeling.model_blocks import ModelBlocks, layer_name

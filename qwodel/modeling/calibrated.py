@@ -14,14 +14,15 @@ from torch import nn
 from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.calibration import describe_dataset
-from qwodel.checkpoint.code_store import CodeStore
-from qwodel.checkpoint.dequantize_sources import resolve_sources
-from qwodel.checkpoint.plan import Plan, TensorPlan
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.rounding import FromStore
-from qwodel.checkpoint.statistics import write_statistics
-from qwodel.checkpoint.storage_format import StorageFormat
-from qwodel.checkpoint.tensor_work import weight_rows
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.plan.plan import Plan
+from qwodel.checkpoint.rounding.code_store import CodeStore
+from qwodel.checkpoint.rounding.methods import FromStore
+from qwodel.checkpoint.rounding.statistics import write_statistics
+from qwodel.checkpoint.run.tensor_work import weight_rows
+from qwodel.checkpoint.source.dequantize_sources import resolve_sources
+from qwodel.checkpoint.tensors import TensorPlan
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
 from qwodel.exhaustion import exhausted
 from qwodel.hardware import return_free_memory
@@ -53,7 +54,7 @@ def find_codes(
     """Run the plan's model on calibration text and find the codes of every weight that waits for them.
 
     Args:
-        plan: weights whose rounding is a :class:`~qwodel.checkpoint.rounding.FromStore` are concerned.
+        plan: weights whose rounding is a :class:`~qwodel.checkpoint.rounding.methods.FromStore` are concerned.
         folder: an empty folder for the codes, until the plan has been carried out.
         calibration: the text.
         method: how codes are chosen.

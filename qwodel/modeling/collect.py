@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qwodel.algorithms.gram import InputStatistics
-from qwodel.checkpoint.statistics import StatisticsEntry, write_statistics
+from qwodel.checkpoint.rounding.statistics import StatisticsEntry, write_statistics
 from qwodel.exceptions import CalibrationError, ConfigurationError
 from qwodel.modeling.model_blocks import ModelBlocks, layer_name
 from qwodel.modeling.recorder import InputGroup, InputRecorder, LayerId, is_fused_experts, is_linear

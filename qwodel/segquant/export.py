@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from qwodel.checkpoint.dtypes import torch_dtype
+from qwodel.checkpoint.files.dtypes import torch_dtype
 from qwodel.exceptions import CalibrationError, ConversionError, IntegrityError, ValidationError
 from qwodel.process_state import MODEL_BUILDING
 from qwodel.segquant.batches import Call, calls_of, run_call, tensors_of

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from qwodel.algorithms.data_aware import DataAware, RoundingReport
-from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.decisions import Action
-from qwodel.checkpoint.device_executor import executor_for, make_executor
-from qwodel.checkpoint.plan import Plan
-from qwodel.checkpoint.planning import build_plan
-from qwodel.checkpoint.recipe import Recipe
-from qwodel.checkpoint.rounding import FromStore, Nearest
-from qwodel.checkpoint.storage_format import storage_format
-from qwodel.checkpoint.transformers_layout import TransformersLayout, config_bytes
-from qwodel.checkpoint.verify import LayerQuality, verify
+from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.layouts.transformers import TransformersLayout, config_bytes
+from qwodel.checkpoint.plan.plan import Plan
+from qwodel.checkpoint.plan.planning import build_plan
+from qwodel.checkpoint.plan.recipe import Recipe
+from qwodel.checkpoint.rounding.methods import FromStore, Nearest
+from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.device_executor import executor_for, make_executor
+from qwodel.checkpoint.run.verify import LayerQuality, verify
+from qwodel.checkpoint.tensors import Action
 from qwodel.modeling.calibrated import find_codes
 from qwodel.modeling.calibration_batches import calibration_batches
 from qwodel.modeling.lazy_model import config_of

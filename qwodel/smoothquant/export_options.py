@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwodel.algorithms.hadamard import MAX_CONVROT_GROUP
-from qwodel.checkpoint.recipe import DEFAULT_SHARD_SIZE
+from qwodel.checkpoint.plan.recipe import DEFAULT_SHARD_SIZE
 from qwodel.exceptions import CalibrationError, ConfigurationError
 from qwodel.modeling.calibration_batches import CalibrationOptions
 from qwodel.smoothquant.scheme import Scheme

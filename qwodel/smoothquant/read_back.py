@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwodel.checkpoint.decisions import Action
-from qwodel.checkpoint.plan import Plan
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.transformers_layout import TransformersLayout
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.layouts.transformers import TransformersLayout
+from qwodel.checkpoint.plan.plan import Plan
+from qwodel.checkpoint.tensors import Action
 from qwodel.exceptions import IntegrityError
 from qwodel.modeling.calibrated import open_checkpoint
 from qwodel.modeling.empty_models import tie_weights

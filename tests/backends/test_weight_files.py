@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwodel.backends.weight_files as weight_files
-import qwodel.checkpoint.tensor_work as tensor_work
+import qwodel.checkpoint.run.tensor_work as tensor_work
 from qwodel.backends.fp8 import FP8Quantizer
 from qwodel.backends.int8 import INT8Quantizer
-from qwodel.checkpoint.pipeline import PipelineExecutor
-from qwodel.checkpoint.plan import TensorPlan
-from qwodel.checkpoint.tensor_compute import compute_tensor
+from qwodel.checkpoint.run.pipeline import PipelineExecutor
+from qwodel.checkpoint.run.tensor_compute import compute_tensor
+from qwodel.checkpoint.tensors import TensorPlan
 from qwodel.exceptions import ConfigurationError, FormatNotSupportedError, ValidationError
 from qwodel.quantizer import Quantizer
 from qwodel.source import inspect_source

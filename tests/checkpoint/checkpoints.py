@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwodel.checkpoint.comfyui import ComfyUILayout
-from qwodel.checkpoint.convert import Conversion, convert
-from qwodel.checkpoint.device_executor import make_executor
-from qwodel.checkpoint.layout import Layout
-from qwodel.checkpoint.planning import build_plan
-from qwodel.checkpoint.recipe import Recipe
-from qwodel.checkpoint.storage_format import STORAGE_FORMATS, storage_format
-from qwodel.checkpoint.verify import LayerQuality, verify
+from qwodel.checkpoint.formats.storage_format import STORAGE_FORMATS, storage_format
+from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
+from qwodel.checkpoint.layouts.layout import Layout
+from qwodel.checkpoint.plan.planning import build_plan
+from qwodel.checkpoint.plan.recipe import Recipe
+from qwodel.checkpoint.run.convert import Conversion, convert
+from qwodel.checkpoint.run.device_executor import make_executor
+from qwodel.checkpoint.run.verify import LayerQuality, verify
 
 FORMATS = [name for name, each in STORAGE_FORMATS.items() if each.quantizes]
 

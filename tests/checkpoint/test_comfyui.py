@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwodel.checkpoint.comfyui import COMFYUI_FORMATS, ComfyUILayout
-from qwodel.checkpoint.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.layouts.comfyui import COMFYUI_FORMATS, ComfyUILayout
 from qwodel.exceptions import ConfigurationError
 from tests.checkpoint.checkpoints import llama_weights, run, sqnr
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-import qwodel.checkpoint.convert as convert_module
-from qwodel.checkpoint.comfyui import ComfyUILayout
-from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.device_executor import make_executor
-from qwodel.checkpoint.executor import ProcessExecutor
-from qwodel.checkpoint.planning import build_plan
-from qwodel.checkpoint.recipe import Recipe
-from qwodel.checkpoint.storage_format import storage_format
-from qwodel.checkpoint.transformers_layout import TransformersLayout
+import qwodel.checkpoint.run.convert as convert_module
+from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
+from qwodel.checkpoint.layouts.transformers import TransformersLayout
+from qwodel.checkpoint.plan.planning import build_plan
+from qwodel.checkpoint.plan.recipe import Recipe
+from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.device_executor import make_executor
+from qwodel.checkpoint.run.executor import ProcessExecutor
 from qwodel.exceptions import Cancelled, ConversionError, ValidationError
 from qwodel.progress import Progress
 from tests.checkpoint.checkpoints import llama_weights, run, save_sharded

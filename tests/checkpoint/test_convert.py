@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import qwodel.checkpoint.tensor_work as tensor_work
-import qwodel.checkpoint.verify as verify_module
-from qwodel.checkpoint.recipe import LayerOverride
-from qwodel.checkpoint.rounding import ScaleSearch
-from qwodel.checkpoint.slabs import row_slabs
-from qwodel.checkpoint.storage_format import storage_format
-from qwodel.checkpoint.transformers_layout import TransformersLayout
+import qwodel.checkpoint.run.tensor_work as tensor_work
+import qwodel.checkpoint.run.verify as verify_module
+from qwodel.checkpoint.files.slabs import row_slabs
+from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.layouts.transformers import TransformersLayout
+from qwodel.checkpoint.plan.recipe import LayerOverride
+from qwodel.checkpoint.rounding.methods import ScaleSearch
 from qwodel.exceptions import ValidationError
 from tests.checkpoint.checkpoints import FORMATS, llama_weights, random_weights, run, save_sharded, sqnr
 

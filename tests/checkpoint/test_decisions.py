@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
-from qwodel.checkpoint.decisions import Action, Decider
-from qwodel.checkpoint.layer_config import LayerConfig
-from qwodel.checkpoint.recipe import LayerOverride, Recipe
-from qwodel.checkpoint.rounding import ScaleSearch
-from qwodel.checkpoint.source_tensor import SourceTensor
-from qwodel.checkpoint.storage_format import storage_format
+from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.plan.decisions import Decider
+from qwodel.checkpoint.plan.layer_config import LayerConfig
+from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe
+from qwodel.checkpoint.rounding.methods import ScaleSearch
+from qwodel.checkpoint.source.source_tensor import SourceTensor
+from qwodel.checkpoint.tensors import Action
 from qwodel.exceptions import ConfigurationError
 
 INT8, FP8, FP16, BLOCK = (storage_format(name) for name in ("int8_row", "fp8_e4m3", "fp16", "int8_block"))

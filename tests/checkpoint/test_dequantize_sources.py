@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwodel.checkpoint.dequantize_sources import resolve_sources
-from qwodel.checkpoint.packed_fp4 import E2M1_VALUES, unswizzle_scales
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.formats.packed_fp4 import E2M1_VALUES, unswizzle_scales
+from qwodel.checkpoint.source.dequantize_sources import resolve_sources
 from qwodel.exceptions import ValidationError
 from tests.checkpoint.checkpoints import run, sqnr
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qwodel import quantize
-from qwodel.checkpoint import executor
-from qwodel.checkpoint.crew import Crew
-from qwodel.checkpoint.executor import ProcessExecutor, ThreadExecutor
-from qwodel.checkpoint.pipeline import PipelineExecutor
+from qwodel.checkpoint.run import executor
+from qwodel.checkpoint.run.crew import Crew
+from qwodel.checkpoint.run.executor import ProcessExecutor, ThreadExecutor
+from qwodel.checkpoint.run.pipeline import PipelineExecutor
 from qwodel.exceptions import QuantizationError, ResourceError
 
 pytestmark = pytest.mark.timeout(60)  # what these tests are about is hanging

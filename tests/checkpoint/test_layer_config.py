@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qwodel.checkpoint.layer_config import LayerConfig, load_layer_config
+from qwodel.checkpoint.plan.layer_config import LayerConfig, load_layer_config
 from qwodel.exceptions import ConfigurationError
 
 DOCUMENTED = {

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from qwodel.checkpoint.layer_filters import (
+from qwodel.checkpoint.families.layer_filters import (
     AVOID_KEY_NAMES,
     MODEL_FILTERS,
     T5XXL_REMOVE_KEY_NAMES,
@@ -13,7 +13,7 @@ from qwodel.checkpoint.layer_filters import (
     should_process_layer,
     validate_filters,
 )
-from qwodel.checkpoint.model_family import detect_family
+from qwodel.checkpoint.families.model_family import detect_family
 from qwodel.exceptions import ConfigurationError
 
 

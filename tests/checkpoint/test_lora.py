@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwodel.checkpoint.lora import (
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.lora.merge import (
+    LoraSource,
     load_lora_for_merging,
     load_lora_tensors,
     merge_lora_into_weight,
     merge_multiple_loras,
     plan_merges,
 )
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.recipe import LoraSource
 from qwodel.exceptions import ValidationError
 from tests.checkpoint.checkpoints import DATA, run, sqnr
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwodel.checkpoint.dequantize_sources import resolve_sources
-from qwodel.checkpoint.packed_int8 import pack_int8, unpack_int8
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.formats.packed_int8 import pack_int8, unpack_int8
+from qwodel.checkpoint.source.dequantize_sources import resolve_sources
 from qwodel.exceptions import ValidationError
 
 CODES = torch.arange(-128, 128).reshape(8, 32).to(torch.int8)

@@ -13,21 +13,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import qwodel.checkpoint.pipeline as pipeline
-import qwodel.checkpoint.tensor_compute as tensor_compute
-import qwodel.checkpoint.tensor_work as tensor_work
+import qwodel.checkpoint.run.pipeline as pipeline
+import qwodel.checkpoint.run.tensor_compute as tensor_compute
+import qwodel.checkpoint.run.tensor_work as tensor_work
 from qwodel.algorithms.learned_rounding import RoundingOptions
-from qwodel.checkpoint.comfyui import ComfyUILayout
-from qwodel.checkpoint.convert import Conversion, convert
-from qwodel.checkpoint.device_executor import CoresExecutor, executor_for, make_executor
-from qwodel.checkpoint.executor import Executor, ProcessExecutor, SerialExecutor, ThreadExecutor
-from qwodel.checkpoint.pipeline import PipelineExecutor
-from qwodel.checkpoint.planning import build_plan
-from qwodel.checkpoint.recipe import LayerOverride, LoraSource, Recipe
-from qwodel.checkpoint.rounding import LayerWeight, Learned, Nearest, Rounding, ScaleSearch
-from qwodel.checkpoint.storage_format import storage_format
-from qwodel.checkpoint.streaming import StreamingOptions, StreamingThresholds, resolve_device
-from qwodel.checkpoint.verify import verify
+from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
+from qwodel.checkpoint.lora.merge import LoraSource
+from qwodel.checkpoint.plan.planning import build_plan
+from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe
+from qwodel.checkpoint.rounding.methods import LayerWeight, Learned, Nearest, Rounding, ScaleSearch
+from qwodel.checkpoint.run.convert import Conversion, convert
+from qwodel.checkpoint.run.device_executor import CoresExecutor, executor_for, make_executor
+from qwodel.checkpoint.run.executor import Executor, ProcessExecutor, SerialExecutor, ThreadExecutor
+from qwodel.checkpoint.run.pipeline import PipelineExecutor
+from qwodel.checkpoint.run.verify import verify
+from qwodel.devices import StreamingOptions, StreamingThresholds, resolve_device
 from qwodel.exceptions import Cancelled, ConfigurationError, ResourceError, ValidationError
 from qwodel.progress import Progress
 from tests.checkpoint.checkpoints import llama_weights, random_weights

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwodel.checkpoint.dtypes import TORCH_DTYPES
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.files.dtypes import TORCH_DTYPES
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.exceptions import IntegrityError, ValidationError
 from tests.checkpoint.checkpoints import llama_weights, save_sharded
 
@@ -116,7 +116,7 @@ def test_nothing_to_read_is_a_validation_error(tmp_path: Path, make: str) -> Non
 READ_ALL = """
 import sys
 from pathlib import Path
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwodel.checkpoint.layer_config import LayerConfig
-from qwodel.checkpoint.recipe import LayerOverride
-from qwodel.checkpoint.storage_format import storage_format
-from qwodel.checkpoint.transformers_layout import TransformersLayout
+from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.layouts.transformers import TransformersLayout
+from qwodel.checkpoint.plan.layer_config import LayerConfig
+from qwodel.checkpoint.plan.recipe import LayerOverride
 from qwodel.exceptions import ConfigurationError
 from tests.checkpoint.checkpoints import DATA, run, sqnr
 

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwodel.algorithms.quant_types import FP8_E4M3
-from qwodel.checkpoint.comfyui import ComfyUILayout
-from qwodel.checkpoint.convert import convert
-from qwodel.checkpoint.planning import build_plan
-from qwodel.checkpoint.recipe import Recipe
-from qwodel.checkpoint.rounding import Nearest, Rounding, ScaleSearch
-from qwodel.checkpoint.storage_format import storage_format
-from qwodel.checkpoint.verify import verify
+from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
+from qwodel.checkpoint.plan.planning import build_plan
+from qwodel.checkpoint.plan.recipe import Recipe
+from qwodel.checkpoint.rounding.methods import Nearest, Rounding, ScaleSearch
+from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.verify import verify
 from qwodel.exceptions import IntegrityError, ValidationError
 from tests.checkpoint.checkpoints import FORMATS, llama_weights, random_weights, run
 

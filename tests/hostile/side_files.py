@@ -18,10 +18,9 @@ from safetensors.torch import save
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.backends.gguf.imatrix import ImatrixEntry, ImportanceMatrix, read_imatrix, write_imatrix
 from qwodel.calibration.texts import load_documents
-from qwodel.checkpoint.layer_config import LayerConfig, load_layer_config
-from qwodel.checkpoint.lora import load_lora_for_merging, plan_merges
-from qwodel.checkpoint.recipe import LoraSource
-from qwodel.checkpoint.statistics import StatisticsEntry, StatisticsFile, write_statistics
+from qwodel.checkpoint.lora.merge import LoraSource, load_lora_for_merging, plan_merges
+from qwodel.checkpoint.plan.layer_config import LayerConfig, load_layer_config
+from qwodel.checkpoint.rounding.statistics import StatisticsEntry, StatisticsFile, write_statistics
 from qwodel.smoothquant.calibration import load_activation_scales
 from tests.hostile.mutations import damaged_bytes, damaged_json, framed, rezipped, split_frame
 from tests.hostile.weight_files import Attempt

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save, save_file
 
 from qwodel import quantize
-from qwodel.checkpoint.dequantize_sources import resolve_sources
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.weights import read_weights
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.source.dequantize_sources import resolve_sources
+from qwodel.checkpoint.source.weights import read_weights
 from qwodel.source import inspect_source
 from tests.hostile.mutations import damaged_bytes, damaged_json, framed, rezipped, split_frame
 

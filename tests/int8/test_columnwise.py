@@ -103,7 +103,7 @@ def test_gptq_is_the_default_with_statistics(bench, tmp_path):
 
 
 def test_files_hold_the_converters_codes(bench, tmp_path):
-    from qwodel.checkpoint.statistics import StatisticsFile
+    from qwodel.checkpoint.rounding.statistics import StatisticsFile
 
     _, out = convert(bench, tmp_path, optimizer="gptq", gptq_actorder=True)
     with StatisticsFile(bench / "stats.safetensors") as statistics:

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import qwodel.int8.convert as convert_module
-from qwodel.checkpoint.executor import SerialExecutor
-from qwodel.checkpoint.streaming import STREAMING_MODES, StreamingOptions, StreamingThresholds
+from qwodel.checkpoint.run.executor import SerialExecutor
+from qwodel.devices import STREAMING_MODES, StreamingOptions, StreamingThresholds
 from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.int8 import Int8Conversion, convert_to_int8, plan_int8
 from tests.checkpoint.checkpoints import LLAMA_LAYER, random_weights

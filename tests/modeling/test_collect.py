@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwodel.checkpoint.statistics import StatisticsFile
+from qwodel.checkpoint.rounding.statistics import StatisticsFile
 from qwodel.exceptions import CalibrationError, Cancelled, ConfigurationError, ValidationError
 from qwodel.modeling.collect import collect_statistics
 

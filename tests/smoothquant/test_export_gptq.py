@@ -17,7 +17,7 @@ from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.gram import GramAccumulator
 from qwodel.algorithms.quant_types import INT8, ROW
 from qwodel.algorithms.scales import quantize
-from qwodel.checkpoint.rounding import FromStatistics, LayerWeight
+from qwodel.checkpoint.rounding.methods import FromStatistics, LayerWeight
 from qwodel.modeling.calibration_batches import CalibrationOptions, calibration_batches
 from qwodel.modeling.collect import collect_statistics
 from qwodel.smoothquant import smooth_model

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qwodel import __version__
 from qwodel.backends.base import Job
 from qwodel.backends.coreml.build import Built
 from qwodel.backends.coreml.formats import Recipe
@@ -14,6 +13,7 @@ from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.toolchain import record_log
 from qwodel.side_files import copy_side_files, side_files, stays_inside
 from qwodel.source import ModelSource
+from qwodel.version import __version__
 
 __all__ = ["copy_beside", "licence_of", "write_package"]
 

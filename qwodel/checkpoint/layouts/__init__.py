@@ -1,0 +1,1 @@
+"""How quantized weights are named and described for their readers."""

@@ -1,0 +1,1 @@
+"""LoRA files: their keys, the weights they are for, merging."""

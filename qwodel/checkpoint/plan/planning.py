@@ -1,0 +1,193 @@
+"""Planning a conversion from headers: what happens to every tensor, and where it goes, before any work starts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qwodel.checkpoint.families.model_family import ModelFamily, detect_family
+from qwodel.checkpoint.files.model_directory import ModelDirectory
+from qwodel.checkpoint.files.output_tensor import OutputTensor, Role
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.files.writer import FilePlan, index_bytes, pack_files
+from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.layouts.layout import Layout
+from qwodel.checkpoint.layouts.transformers import TransformersLayout, config_bytes
+from qwodel.checkpoint.lora.merge import LoraTerm, plan_merges
+from qwodel.checkpoint.plan.decisions import Decider, Decision, conv1d_weights
+from qwodel.checkpoint.plan.plan import Plan
+from qwodel.checkpoint.plan.recipe import Recipe
+from qwodel.checkpoint.source.dequantize_sources import resolve_sources
+from qwodel.checkpoint.source.nonfinite import nonfinite_weights
+from qwodel.checkpoint.source.source_tensor import Sources, SourceTensor
+from qwodel.checkpoint.tensors import Action, TensorPlan
+from qwodel.exceptions import ConfigurationError, ValidationError
+
+__all__ = ["build_plan"]
+
+log = logging.getLogger(__name__)
+
+
+def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
+    """Decide what happens to every tensor of ``source``.
+
+    Only headers are read, besides scalar marks and, with ``nonfinite="keep"``,
+    the weights themselves.
+
+    Raises:
+        ValidationError: the source is no checkpoint, or is quantized in a way not
+            understood, or nothing in it can be quantized.
+        ConfigurationError: the layout cannot express the format.
+        IntegrityError: a file is damaged.
+    """
+    source = Path(source)
+    directory = ModelDirectory.of(source)
+    if isinstance(layout, TransformersLayout) and directory.config is None:
+        raise ConfigurationError(
+            f"{source} has no config.json, which the transformers layout describes the quantization in",
+            hint="use the comfyui layout, or give the model's directory",
+        )
+    with UnifiedSafetensorsLoader(source, low_memory=True) as reader:
+        sources = resolve_sources(reader, directory.config)
+        metadata = reader.metadata()
+        family = detect_family(each.name for each in sources.tensors)
+        filters = family.filters if recipe.filters is None else recipe.filters
+        decider = Decider(recipe, filters, conv1d=conv1d_weights(sources.tensors), layout=layout)
+        decisions = {each.name: decider.decide(each) for each in sources.tensors}
+        if recipe.nonfinite == "keep":
+            candidates = [each for each in sources.tensors if decisions[each.name].format]
+            decider.nonfinite = nonfinite_weights(reader, candidates)
+            decisions |= {name: decider.decide(each) for each in candidates if (name := each.name)}
+    return _assemble(source, recipe, layout, directory, sources, metadata, family, decisions)
+
+
+def _assemble(
+    source: Path,
+    recipe: Recipe,
+    layout: Layout,
+    directory: ModelDirectory,
+    sources: Sources,
+    metadata: dict[str, str],
+    family: ModelFamily,
+    decisions: Mapping[str, Decision],
+) -> Plan:
+    shapes = {each.name: each.shape for each in sources.tensors if each.is_float}
+    merges, unmatched = plan_merges(
+        recipe.loras, shapes, dampen=recipe.dampen_loras, allow_unmatched=recipe.allow_unmatched_loras
+    )
+    tensors = tuple(
+        _tensor_plan(each, decisions[each.name], layout, merges.get(each.name, ()))
+        for each in sources.tensors
+    )
+    if recipe.format.quantizes:
+        _check_quantizes(source, tensors)
+    constants = layout.extra_tensors(tensors)
+    groups = [*(each.outputs for each in tensors if each.outputs), constants]
+    _check_names(groups)
+    limit = None if layout.single_file else recipe.max_shard_size
+    files = pack_files(groups, layout.metadata(tensors, metadata), limit)
+    documents, side_files = _beside(layout, directory, tensors, files)
+    warnings = _warnings(recipe, layout, tensors, unmatched)
+    return Plan(
+        source,
+        recipe,
+        layout,
+        tensors,
+        sources.dropped,
+        files,
+        documents,
+        side_files,
+        constants,
+        family,
+        warnings,
+    )
+
+
+def _tensor_plan(
+    source: SourceTensor, decision: Decision, layout: Layout, loras: tuple[LoraTerm, ...]
+) -> TensorPlan:
+    outputs: tuple[OutputTensor, ...]
+    action, wanted = decision.action, decision.format
+    if action is Action.DROP:
+        outputs = ()
+    elif action is Action.QUANTIZE and wanted:
+        outputs = layout.outputs(source, wanted)
+    else:
+        if action is Action.COPY and loras:
+            action, wanted = Action.CAST, StorageFormat(source.dtype.lower(), cast_to=source.dtype)
+        dtype = wanted.cast_to if wanted and wanted.cast_to else source.dtype
+        outputs = (OutputTensor(source.name, dtype, source.shape, Role.DATA),)
+    return TensorPlan(source, action, decision.reason, outputs, wanted, decision.rounding, loras)
+
+
+def _check_quantizes(source: Path, tensors: Sequence[TensorPlan]) -> None:
+    if any(each.action is Action.QUANTIZE for each in tensors):
+        return
+    reasons = Counter(each.reason for each in tensors if len(each.source.shape) > 1)
+    commonest = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    raise ValidationError(
+        f"nothing in {source} would be quantized: {commonest or 'it holds no matrices'}",
+        hint="it may hold no linear layers, or the filters and patterns keep them all",
+    )
+
+
+def _beside(
+    layout: Layout, directory: ModelDirectory, tensors: Sequence[TensorPlan], files: Sequence[FilePlan]
+) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """What goes beside the weights: documents to write, and files to copy."""
+    if not isinstance(layout, TransformersLayout) or directory.config is None:
+        return {}, {}
+    documents = {"config.json": config_bytes(layout.config(directory.config, tensors))}
+    if len(files) > 1:
+        documents["model.safetensors.index.json"] = index_bytes(files)
+    return documents, directory.side_files()
+
+
+def _check_names(groups: list[tuple[OutputTensor, ...]]) -> None:
+    counts = Counter(tensor.name for group in groups for tensor in group)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValidationError(
+            f"the source has a tensor {twice[0]!r} of its own, which the output needs for a scale",
+            hint="this checkpoint looks partly quantized; start from the original",
+        )
+
+
+def _warnings(
+    recipe: Recipe, layout: Layout, tensors: tuple[TensorPlan, ...], unmatched: list[str]
+) -> tuple[str, ...]:
+    warnings = []
+    for wanted in dict.fromkeys(each.format for each in tensors if each.format and each.format.quantizes):
+        support = layout.support(wanted)
+        if not support.loads:
+            warnings.append(f"{support.reader} cannot load {wanted}: {support.reason}")
+    kept, forced = _reader_limits(recipe, layout, tensors)
+    warnings += [f"{count} weights are not {recipe.format}: {reason}" for reason, count in kept.items()]
+    warnings += [f"{count} weights cannot be loaded: {reason}" for reason, count in forced.items()]
+    if unmatched:
+        warnings.append(
+            f"{len(unmatched)} LoRA layers fit no weight and are not merged: {', '.join(unmatched[:5])}"
+        )
+    for warning in warnings:
+        log.warning(warning)
+    return tuple(warnings)
+
+
+def _reader_limits(
+    recipe: Recipe, layout: Layout, tensors: tuple[TensorPlan, ...]
+) -> tuple[Counter[str], Counter[str]]:
+    """Count weights by what keeps the reader from them: left out for it, and quantized in spite of it."""
+    kept: Counter[str] = Counter()
+    forced: Counter[str] = Counter()
+    for each in tensors:
+        if len(each.source.shape) != 2:
+            continue
+        quantized = each.format if each.format and each.format.quantizes else None
+        reason = layout.obstacle(each.source, quantized or recipe.format)
+        if reason and quantized:
+            forced[reason] += 1
+        elif reason and reason in each.reason:
+            kept[reason] += 1
+    return kept, forced

@@ -1,0 +1,1 @@
+"""How one weight becomes codes: methods, statistics, codes found beforehand."""

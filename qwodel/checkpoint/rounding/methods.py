@@ -1,0 +1,203 @@
+"""The seam between the engine and the algorithms: how one weight becomes codes and scales.
+
+A rounding is a frozen value, so that it can be printed, compared, kept in a
+manifest and sent to a worker process. Data-aware methods hold the path of their
+statistics, or of codes that were found while the model was run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from qwodel.algorithms.data_aware import DataAware, RoundingReport, round_together, searches_scale
+from qwodel.algorithms.gptq import BlockSolver
+from qwodel.algorithms.hadamard import Basis
+from qwodel.algorithms.learned_rounding import RoundingOptions
+from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
+from qwodel.algorithms.scales import Quantized, quantize, search_scale
+from qwodel.algorithms.weight_rounding import round_weight
+from qwodel.checkpoint.rounding.code_store import CodeStore
+from qwodel.checkpoint.rounding.statistics import StatisticsFile
+
+__all__ = [
+    "FromStatistics",
+    "FromStore",
+    "LayerWeight",
+    "Learned",
+    "Nearest",
+    "Rounded",
+    "Rounding",
+    "ScaleSearch",
+    "default_rounding",
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """A layer's codes and, from methods that have more to say, how they were found."""
+
+    codes: Quantized
+    report: RoundingReport | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeight:
+    """What a rounding method is given.
+
+    Attributes:
+        layer: the weight's name without ``.weight``.
+        weight: finite ``[M, N]``, in the basis of its codes.
+        quant_type, granularity: what it becomes.
+        basis: that basis; ``None`` for the weight's own.
+    """
+
+    layer: str
+    weight: torch.Tensor
+    quant_type: QuantType
+    granularity: Granularity
+    basis: Basis | None = None
+
+    def nearest(self, scale: torch.Tensor | None = None) -> Rounded:
+        """The nearest codes, by ``scale`` or the absolute maximum."""
+        return Rounded(quantize(self.weight, self.quant_type, self.granularity, scale))
+
+
+class Rounding(Protocol):
+    """What the engine asks of a rounding method."""
+
+    @property
+    def name(self) -> str:
+        """The method's name in plans and manifests."""
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        """Whether rows may be rounded in separate pieces that do not cut a block, with the same result."""
+
+    def round(self, given: LayerWeight) -> Rounded:
+        """Quantize a layer's weight, all of it or, where rows are apart, some of its rows."""
+
+
+class _Whole:
+    """A method that needs the whole weight."""
+
+    __slots__ = ()
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        del granularity
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Absmax scales, round to nearest. Works in pieces of rows for every granularity."""
+
+    name: str = field(default="nearest", init=False)
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        return granularity != TENSOR
+
+    def round(self, given: LayerWeight) -> Rounded:
+        return given.nearest()
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSearch:
+    """Scales searched for the least squared weight error, round to nearest."""
+
+    name: str = field(default="search", init=False)
+
+    def rows_apart(self, granularity: Granularity) -> bool:
+        return granularity != TENSOR
+
+    def round(self, given: LayerWeight) -> Rounded:
+        return given.nearest(search_scale(given.weight, given.quant_type, given.granularity))
+
+
+@dataclass(frozen=True, slots=True)
+class Learned(_Whole):
+    """Codes learned from the nearest ones on; needs the whole weight.
+
+    Attributes:
+        options: the solver's settings.
+    """
+
+    options: RoundingOptions = field(default_factory=RoundingOptions)
+    name: str = field(default="learned", init=False)
+
+    def round(self, given: LayerWeight) -> Rounded:
+        learned = round_weight(given.weight, given.quant_type, given.granularity, self.options)
+        return Rounded(learned.quantized)
+
+
+@dataclass(frozen=True, slots=True)
+class FromStatistics(_Whole):
+    """Codes of least output error, by statistics that were collected before.
+
+    Attributes:
+        path: the statistics file.
+        options: the method and its settings.
+        name: the method's name in plans and manifests.
+        turbo: run GPTQ's inner loop as a Triton kernel.
+    """
+
+    path: Path
+    options: DataAware
+    name: str
+    turbo: bool = False
+
+    def round(self, given: LayerWeight) -> Rounded:
+        file = self.path.stat()
+        statistics = _statistics(self.path, file.st_mtime_ns, file.st_size).read(given.layer)
+        if statistics is not None and statistics.gram is not None:
+            gram = statistics.gram.to(given.weight.device)
+            statistics = replace(statistics, gram=gram if given.basis is None else given.basis.gram(gram))
+        solver: BlockSolver | None = None
+        if self.turbo:
+            from qwodel.algorithms.gptq_triton import solve_block_triton
+
+            solver = solve_block_triton
+        done = round_together(
+            [given.weight], given.quant_type, given.granularity, statistics, self.options, solver=solver
+        )[0]
+        return Rounded(done.codes, done.report)
+
+
+@dataclass(frozen=True, slots=True)
+class FromStore(_Whole):
+    """Codes that were found while the model was run block by block.
+
+    Attributes:
+        folder: where they are.
+        name: the name of the method that found them.
+    """
+
+    folder: Path
+    name: str
+
+    def round(self, given: LayerWeight) -> Rounded:
+        return Rounded(_store(self.folder).get(given.layer))
+
+
+@lru_cache(maxsize=4)
+def _statistics(path: Path, _changed: int, _size: int) -> StatisticsFile:
+    return StatisticsFile(path)
+
+
+@lru_cache(maxsize=4)
+def _store(folder: Path) -> CodeStore:
+    return CodeStore(folder)
+
+
+def default_rounding(quant_type: QuantType | None, granularity: Granularity) -> Rounding:
+    """Return what serves best without calibration data and at little cost.
+
+    FP8 scales of rows and blocks gain from a search; a smaller INT8 or
+    whole-tensor scale lowers the weights' error but clips the outliers that
+    outputs depend on, so those stay at the absolute maximum.
+    """
+    searched = quant_type is not None and searches_scale(quant_type, granularity)
+    return ScaleSearch() if searched else Nearest()

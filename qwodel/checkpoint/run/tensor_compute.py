@@ -1,0 +1,206 @@
+"""Computing one tensor: pieces of its rows in, writes to its places in the output out.
+
+A method that works in slabs of rows gets and writes a slab at a time; one that
+needs the whole weight gets it as one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qwodel.algorithms.data_aware import RoundingReport
+from qwodel.algorithms.determinism import one_thread
+from qwodel.algorithms.hadamard import Basis
+from qwodel.algorithms.quant_types import TENSOR
+from qwodel.algorithms.scales import absmax_scale, nearest_codes
+from qwodel.checkpoint.files.dtypes import torch_dtype
+from qwodel.checkpoint.files.output_tensor import OutputTensor, Role
+from qwodel.checkpoint.files.slabs import row_slabs
+from qwodel.checkpoint.formats.packed_int8 import pack_int8
+from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.rounding.methods import LayerWeight, Nearest, Rounded
+from qwodel.checkpoint.tensors import Action, TensorPlan
+from qwodel.exceptions import ConversionError, ValidationError
+
+__all__ = ["Measured", "Write", "compute_tensor", "in_slabs", "plan_slabs"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Write:
+    """Bytes for their place: ``data`` at byte ``at`` of output tensor ``tensor``."""
+
+    tensor: str
+    data: torch.Tensor | bytes
+    at: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data) if isinstance(self.data, bytes) else self.data.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a rounding method knows of its codes.
+
+    Attributes:
+        squared_error: ‖W−Ŵ‖².
+        report: how a data-aware method found them.
+    """
+
+    squared_error: float
+    report: RoundingReport | None = None
+
+
+def in_slabs(plan: TensorPlan) -> bool:
+    """Whether the method takes a weight in slabs of rows instead of whole."""
+    if plan.action is not Action.QUANTIZE or plan.rounding is None or plan.format is None:
+        return True
+    if plan.format.mixes_rows:
+        return False
+    return isinstance(plan.rounding, Nearest) or plan.rounding.rows_apart(plan.format.granularity)
+
+
+def plan_slabs(plan: TensorPlan, elements: int) -> Iterator[tuple[int, int]]:
+    """Yield row ranges in the order in which :func:`compute_tensor` wants them; slabs have about ``elements`` weights."""
+    shape = plan.source.shape
+    if not in_slabs(plan):
+        yield 0, shape[0]
+    elif plan.action is Action.QUANTIZE and plan.format:
+        granularity = plan.format.granularity
+        yield from row_slabs(shape, granularity.block_rows or 1, elements)
+        if granularity == TENSOR and isinstance(plan.rounding, Nearest):
+            # A pass for the scale, one for the codes: a second read is cheaper than fresh memory.
+            yield from row_slabs(shape, elements=elements)
+    else:
+        yield from row_slabs(shape, elements=elements)
+
+
+def compute_tensor(
+    plan: TensorPlan, pieces: Iterator[torch.Tensor], device: torch.device
+) -> Generator[Write, None, Measured | None]:
+    """Turn the tensor's pieces into writes, on ``device``; return what is known of codes that are not plainly the nearest."""
+    for tensor in plan.outputs:
+        if tensor.payload is not None:
+            yield Write(tensor.name, tensor.payload)
+    if plan.action is Action.COPY:
+        yield from _in_place(plan.outputs[0].name, pieces)
+    elif plan.action is Action.CAST and plan.format:
+        yield from _in_place(plan.outputs[0].name, _cast(plan, plan.format, _on(device, pieces)))
+    elif plan.action is Action.QUANTIZE and plan.format and isinstance(plan.rounding, Nearest):
+        yield from _nearest(plan, plan.format, _rotated(plan, _on(device, pieces)))
+    elif plan.action is Action.QUANTIZE and plan.format and plan.rounding:
+        # Sums in these methods depend on the number of threads, and results must not.
+        with one_thread():
+            return (yield from _round(plan, plan.format, _rotated(plan, _on(device, pieces))))
+    else:
+        raise ConversionError(f"nothing says how to {plan.action} it")
+    return None
+
+
+def _on(device: torch.device, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for piece in pieces:
+        yield piece.to(device, non_blocking=True)
+
+
+def _rotated(plan: TensorPlan, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Pieces in the basis in which they are rounded."""
+    basis = _basis(plan)
+    for piece in pieces:
+        yield piece if basis is None else basis.apply(piece.float())
+
+
+def _basis(plan: TensorPlan) -> Basis | None:
+    return plan.format.basis(plan.source.shape) if plan.format else None
+
+
+def _in_place(target: str, pieces: Iterator[torch.Tensor]) -> Iterator[Write]:
+    """Writes of ``pieces`` one after another."""
+    place = 0
+    for piece in pieces:
+        yield Write(target, piece, place)
+        place += piece.nbytes
+
+
+def _cast(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    dtype = torch_dtype(wanted.cast_to or plan.outputs[0].dtype)
+    for rows in pieces:
+        cast = rows.to(dtype)
+        if not bool(cast.isfinite().all()) and bool((cast.isinf() & rows.isfinite()).any()):
+            raise ValidationError(
+                f"values up to {float(rows.abs().max()):.3g} do not fit {wanted.cast_to}",
+                hint="keep this tensor as it is with exclude_layers",
+            )
+        yield cast
+
+
+def _nearest(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Tensor]) -> Iterator[Write]:
+    assert wanted.quant_type is not None
+    codes, scale = _by_role(plan.outputs)
+    shared = None
+    if wanted.granularity == TENSOR:
+        shared = _tensor_scale(wanted, pieces, plan.source.shape[0])
+    scales, place = [], 0
+    for rows in pieces:
+        part = absmax_scale(rows, wanted.quant_type, wanted.granularity) if shared is None else shared
+        done = nearest_codes(rows, part, wanted.quant_type, wanted.granularity)
+        scales.append(part)
+        yield Write(codes.name, _as_stored(done, codes), place)
+        place += done.nbytes
+    yield Write(scale.name, shared if shared is not None else torch.cat(scales))
+
+
+def _tensor_scale(wanted: StorageFormat, pieces: Iterator[torch.Tensor], count: int) -> torch.Tensor:
+    """The whole tensor's absmax scale, from the pieces of its first ``count`` rows."""
+    assert wanted.quant_type is not None
+    scales = []
+    while count > 0:
+        rows = next(pieces)
+        count -= rows.shape[0]
+        scale = absmax_scale(rows, wanted.quant_type, TENSOR)
+        # A slab of zeros has the scale 1, which says nothing about the rest.
+        if float(scale) != 1.0 or bool(rows.any()):
+            scales.append(scale)
+    return torch.stack(scales).amax() if scales else torch.ones(())
+
+
+def _round(
+    plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Tensor]
+) -> Generator[Write, None, Measured]:
+    codes, scale = _by_role(plan.outputs)
+    scales, place, error, report = [], 0, 0.0, None
+    for rows in pieces:
+        rounded = _round_rows(plan, wanted, rows)
+        done, report = rounded.codes, rounded.report
+        error += float((rows.float() - done.dequantize()).double().square().sum())
+        scales.append(done.scale)
+        yield Write(codes.name, _as_stored(done.codes, codes), place)
+        place += done.codes.nbytes
+    yield Write(scale.name, scales[0] if len(scales) == 1 else torch.cat(scales))
+    return Measured(error, report)
+
+
+def _as_stored(codes: torch.Tensor, target: OutputTensor) -> torch.Tensor:
+    """INT8 codes as the bytes of their tensor: one each, or from 0 on and four to an int32."""
+    return pack_int8(codes) if target.dtype == "I32" else codes
+
+
+def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> Rounded:
+    assert wanted.quant_type is not None
+    assert plan.rounding is not None
+    layer = plan.name.removesuffix(".weight")
+    given = LayerWeight(layer, rows, wanted.quant_type, wanted.granularity, _basis(plan))
+    rounded = plan.rounding.round(given)
+    done = rounded.codes
+    if done.quant_type != wanted.quant_type or done.granularity != wanted.granularity:
+        raise ConversionError(
+            f"{plan.rounding.name} returned {done.quant_type} with {done.granularity} scales"
+        )
+    return rounded
+
+
+def _by_role(outputs: Sequence[OutputTensor]) -> tuple[OutputTensor, OutputTensor]:
+    found = {tensor.role: tensor for tensor in outputs}
+    return found[Role.CODES], found[Role.SCALE]

@@ -1,0 +1,295 @@
+"""Reading a conversion back: every tensor decoded from the file alone and compared with the source.
+
+What the file says of itself (``.comfy_quant``, ``quantization_config``, dtypes
+and shapes) decides how it is decoded, not the plan that wrote it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from qwodel.checkpoint.files.dtypes import torch_dtype
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.files.slabs import row_slabs
+from qwodel.checkpoint.plan.plan import Plan
+from qwodel.checkpoint.rounding.methods import Nearest
+from qwodel.checkpoint.run.convert import Conversion
+from qwodel.checkpoint.run.executor import Executor, SerialExecutor
+from qwodel.checkpoint.run.tensor_work import weight_rows
+from qwodel.checkpoint.source.dequantize_sources import resolve_sources
+from qwodel.checkpoint.source.source_decoders import QuipDecoder, RotatedDecoder, ScaledDecoder
+from qwodel.checkpoint.tensors import Action, TensorPlan
+from qwodel.exceptions import IntegrityError
+from qwodel.model_config import read_config
+from qwodel.progress import Progress
+
+__all__ = ["LayerQuality", "verify"]
+
+_COMPARE_BYTES = 8 << 20
+_MEASURE_ELEMENTS = 1 << 17  # a slab's temporaries stay in a core's cache
+_AGREEMENT_DB = 0.01
+_SUBNORMAL = 1e-44  # fp32 has steps of 1.4e-45 there, however small the scale
+_SMALL = 1e-25  # below, squares may have vanished in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerQuality:
+    """How well one saved weight stands for its source.
+
+    Attributes:
+        name: the weight.
+        format: number type and kind of scale.
+        rounding: the method that chose its codes.
+        sqnr_db: 10·log₁₀(‖W‖²/‖W−Ŵ‖²); infinite when equal.
+        mse: mean of (W−Ŵ)².
+        max_error: the largest |W−Ŵ|.
+    """
+
+    name: str
+    format: str
+    rounding: str
+    sqnr_db: float
+    mse: float
+    max_error: float
+
+    @property
+    def reported_db(self) -> float | None:
+        """The SQNR with two decimals; ``None`` where it is infinite, as of a weight of zeros: JSON has no such number."""
+        return round(self.sqnr_db, 2) if math.isfinite(self.sqnr_db) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for a manifest."""
+        return {**asdict(self), "sqnr_db": self.reported_db}
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    plan: TensorPlan
+    squared_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    source_bytes: int
+    quality: LayerQuality | None
+
+
+def verify(
+    conversion: Conversion, *, executor: Executor | None = None, progress: Progress | None = None
+) -> tuple[LayerQuality, ...]:
+    """Read a conversion back and measure every quantized layer; copies must be equal byte for byte.
+
+    Returns:
+        The quality of every quantized layer, in the source's order.
+
+    Raises:
+        IntegrityError: a file, a tensor or a value differs from what should have been written.
+        Cancelled: the progress callback raised.
+    """
+    progress = progress or Progress(None)
+    plan = conversion.plan
+    checks = [_Check(each, conversion.squared_errors.get(each.name)) for each in plan.tensors if each.outputs]
+    progress.stage("verify", f"{len(checks)} tensors")
+    _check_files(plan, conversion.destination)
+    done, total, measured = 0, plan.source_bytes, {}
+    factory = _VerifierFactory(plan.source, conversion.destination)
+    with closing((executor or SerialExecutor()).run(factory, checks)) as results:
+        for result in results:
+            done += result.source_bytes
+            if result.quality:
+                measured[result.quality.name] = result.quality
+            progress.update(done, total, result.quality.name if result.quality else "")
+    return tuple(measured[each.name] for each in plan.tensors if each.name in measured)
+
+
+def _check_files(plan: Plan, destination: Path) -> None:
+    """The output must hold the planned tensors, no others, with their dtypes and shapes."""
+    planned = {
+        tensor.name: (tensor.dtype, tensor.shape)
+        for group in (*(each.outputs for each in plan.tensors), plan.constants)
+        for tensor in group
+    }
+    with UnifiedSafetensorsLoader(destination, low_memory=True) as reader:
+        found = {name: (entry.dtype, entry.shape) for name, entry in reader.entries.items()}
+        for tensor in (
+            tensor for each in plan.tensors for tensor in each.outputs if tensor.payload is not None
+        ):
+            if tensor.name in found and bytes(reader.read_bytes(tensor.name).numpy()) != tensor.payload:
+                raise IntegrityError(f"{tensor.name!r} in {destination} is not what was written")
+    differing = sorted(set(planned.items()) ^ set(found.items()))
+    if differing:
+        raise IntegrityError(f"{destination} differs from its plan in tensor {differing[0][0]!r}")
+    for name, text in plan.documents.items():
+        if (destination / name).read_bytes() != text:
+            raise IntegrityError(f"{destination / name} is not what was written")
+
+
+@dataclass(frozen=True, slots=True)
+class _VerifierFactory:
+    source: Path
+    destination: Path
+
+    def __call__(self) -> _Verifier:
+        return _Verifier(self)
+
+
+class _Verifier:
+    """Compares one tensor at a time; source and output are open."""
+
+    def __init__(self, factory: _VerifierFactory) -> None:
+        self._source = UnifiedSafetensorsLoader(factory.source, low_memory=True)
+        self._output = UnifiedSafetensorsLoader(factory.destination, low_memory=True)
+        self._decoded = {each.name: each for each in resolve_sources(self._output, _config(factory)).tensors}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._source.close()
+        self._output.close()
+
+    def __call__(self, check: _Check) -> _Checked:
+        plan = check.plan
+        quality = None
+        if plan.action is Action.QUANTIZE:
+            quality = self._measure(check)
+        elif plan.action is Action.CAST:
+            self._compare_cast(plan)
+        else:
+            self._compare_copy(plan)
+        size = sum(self._source.entry(part).nbytes for part in plan.source.stored)
+        return _Checked(size, quality)
+
+    def _measure(self, check: _Check) -> LayerQuality:
+        plan = check.plan
+        decoded = self._decoded.get(plan.name)
+        decoder = None if decoded is None else decoded.decoder
+        basis, whole = None, False
+        if isinstance(decoder, RotatedDecoder | QuipDecoder):
+            # Rotations keep lengths: the error is measured where the codes are, before it is turned back.
+            basis = decoder.basis(self._output)
+            whole = isinstance(decoder, QuipDecoder)
+            decoder = decoder.rotated
+        if not isinstance(decoder, ScaledDecoder):
+            raise IntegrityError(f"{plan.name!r} cannot be decoded from what was written")
+        multiple = decoder.block[0] if decoder.block[0] < plan.source.shape[0] else 1
+        signal, noise, worst = 0.0, 0.0, 0.0
+        factors = decoder.factors(self._output)
+        slabs = row_slabs(plan.source.shape, multiple, _MEASURE_ELEMENTS)
+        for start, stop in [(0, plan.source.shape[0])] if whole else slabs:
+            weight = weight_rows(self._source, plan, start, stop).float()
+            if basis is not None:
+                weight = basis.apply(weight)
+            codes = decoder.codes(self._output, start, stop)
+            scale = decoder.spread(factors, start, stop, codes.shape)
+            error = (codes * scale).sub_(weight)
+            signal += _square_sum(weight)
+            noise += _square_sum(error)
+            turned = None if basis is None else basis.restore(error)
+            peaks = error.abs_().amax(dim=1, keepdim=True)
+            worst = max(worst, float(peaks.amax() if turned is None else turned.abs().amax()))
+            if isinstance(plan.rounding, Nearest):
+                _check_bound(plan, codes, scale, error, peaks)
+        sqnr = _decibels(signal, noise)
+        if not isinstance(plan.rounding, Nearest):
+            _check_reported(check, signal, sqnr)
+        rounding = plan.rounding.name if plan.rounding else ""
+        return LayerQuality(
+            plan.name, plan.becomes, rounding, sqnr, noise / math.prod(plan.source.shape), worst
+        )
+
+    def _compare_cast(self, plan: TensorPlan) -> None:
+        name = plan.outputs[0].name
+        dtype = torch_dtype(plan.outputs[0].dtype)
+        for start, stop in row_slabs(plan.source.shape):
+            expected = weight_rows(self._source, plan, start, stop).to(dtype)
+            shape = plan.source.shape
+            found = (
+                self._output.get_rows(name, start, stop)
+                if shape
+                else self._output.get_tensor(name).reshape(1)
+            )
+            if not torch.equal(_raw(found), _raw(expected)) and not plan.loras:
+                raise IntegrityError(f"{name!r} differs from its source")
+            if not torch.allclose(found.float(), expected.float(), rtol=1e-2, equal_nan=True):
+                raise IntegrityError(f"{name!r} differs from its merged source")
+
+    def _compare_copy(self, plan: TensorPlan) -> None:
+        source, target = plan.source.stored[0], plan.outputs[0].name
+        total = self._source.entry(source).nbytes
+        for start in range(0, total, _COMPARE_BYTES):
+            stop = min(start + _COMPARE_BYTES, total)
+            if not torch.equal(
+                self._source.read_bytes(source, start, stop), self._output.read_bytes(target, start, stop)
+            ):
+                raise IntegrityError(f"{target!r} differs from its source")
+
+
+def _config(factory: _VerifierFactory) -> Mapping[str, Any]:
+    return read_config(factory.destination) if factory.destination.is_dir() else {}
+
+
+def _check_bound(
+    plan: TensorPlan, codes: torch.Tensor, scale: torch.Tensor, sizes: torch.Tensor, peaks: torch.Tensor
+) -> None:
+    """No error of plain rounding exceeds half the distance between neighbouring codes.
+
+    Args:
+        codes: of a slab, in fp32; overwritten.
+        scale: their scales, broadcastable to them.
+        sizes: ``|W−Ŵ|``; overwritten.
+        peaks: the largest of each row.
+    """
+    quant_type = plan.format.quant_type if plan.format else None
+    if quant_type is None:
+        return
+    # What fp32 division and product add grows with the code; a merge summed in another order adds more.
+    merged = 1e-5 * quant_type.qmax if plan.loras else 0.0
+    if not quant_type.is_float:
+        allowed = scale * (0.5 + 2e-6 * quant_type.qmax + merged)
+        # Where a row has one scale, its largest error speaks for all of them.
+        excess = peaks - allowed if scale.ndim == 0 or scale.shape[1] == 1 else sizes.sub_(allowed)
+    else:
+        # Clearing an fp32's sign and mantissa bits leaves the power of two below it.
+        codes.view(torch.int32).bitwise_and_(0x7F800000)
+        power = codes.clamp_(min=2.0**quant_type.min_exponent)
+        half_step = 2.0 ** (-quant_type.mantissa_bits - 1) * (1 + 6e-5)
+        steps = power.mul_(half_step).add_(merged).mul_(scale) if merged else power.mul_(scale * half_step)
+        excess = sizes.sub_(steps)
+    if not float(excess.amax()) <= _SUBNORMAL:  # NaN too
+        raise IntegrityError(f"{plan.name!r} holds codes that are not the nearest to its weights")
+
+
+def _check_reported(check: _Check, signal: float, sqnr: float) -> None:
+    """The file decodes to the error that rounding reported."""
+    name = check.plan.name
+    if check.squared_error is None:
+        raise IntegrityError(f"nobody reported how {name!r} was rounded")
+    reported = _decibels(signal, check.squared_error)
+    if not math.isclose(sqnr, reported, abs_tol=_AGREEMENT_DB):
+        raise IntegrityError(f"{name!r} decodes to {sqnr:.2f} dB, but was rounded to {reported:.2f} dB")
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _square_sum(x: torch.Tensor) -> float:
+    """‖x‖² of a slab, in fp32 where its range is enough."""
+    flat = x.reshape(-1)
+    total = float(torch.dot(flat, flat))
+    if _SMALL < total < math.inf:
+        return total
+    flat = flat.double()
+    return float(torch.dot(flat, flat))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
