@@ -85,7 +85,7 @@ def load_and_save(source: Path, target: Path) -> float:
 
 
 def stream(source: Path, target: Path, name: str, check: bool, workers: int, device: str) -> float:
-    from qwodel.checkpoint.formats.storage_format import storage_format
+    from qwodel.checkpoint.formats.registry import storage_format
     from qwodel.checkpoint.layouts.transformers import TransformersLayout
     from qwodel.checkpoint.plan.planning import build_plan
     from qwodel.checkpoint.plan.recipe import Recipe
@@ -104,7 +104,7 @@ def stream(source: Path, target: Path, name: str, check: bool, workers: int, dev
 
 def stream_one_file(source: Path, target: Path, workers: int, device: str) -> float:
     """What :func:`convert_with_peer` does, by us, read back too."""
-    from qwodel.checkpoint.formats.storage_format import storage_format
+    from qwodel.checkpoint.formats.registry import storage_format
     from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
     from qwodel.checkpoint.plan.planning import build_plan
     from qwodel.checkpoint.plan.recipe import Recipe

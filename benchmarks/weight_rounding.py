@@ -38,8 +38,8 @@ from qwodel.algorithms.quant_types import INT8, ROW
 from qwodel.algorithms.scales import quantize
 from qwodel.cache import cache_dir
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.formats.convrot import RotatedDecoder
 from qwodel.checkpoint.source.dequantize_sources import resolve_sources
-from qwodel.checkpoint.source.source_decoders import RotatedDecoder
 from qwodel.demo import demo_model
 
 METHODS = (

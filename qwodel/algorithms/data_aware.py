@@ -148,7 +148,7 @@ def searches_scale(quant_type: QuantType, granularity: Granularity) -> bool:
     A smaller INT8 or whole-tensor scale lowers the weights' error, but clips the outliers that
     outputs depend on.
     """
-    return quant_type.is_float and granularity != TENSOR
+    return quant_type.is_float and granularity != TENSOR and not quant_type.power_of_two_scales
 
 
 def _too_little(statistics: InputStatistics | None, columns: int, options: DataAware) -> str | None:

@@ -8,7 +8,7 @@ A quantized matrix is ``codes`` of a :class:`QuantType` and an fp32 *dequant* sc
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,7 @@ __all__ = [
     "INT6",
     "INT8",
     "INT16",
+    "MXFP8_E4M3",
     "QUANT_TYPES",
     "ROW",
     "TENSOR",
@@ -42,6 +43,7 @@ class QuantType:
         is_float: codes are floating-point numbers (a non-uniform grid).
         mantissa_bits: explicit mantissa bits; 0 for integers.
         min_exponent: exponent of the smallest normal number; 0 for integers.
+        power_of_two_scales: its dequant scales are powers of two.
     """
 
     name: str
@@ -52,6 +54,7 @@ class QuantType:
     is_float: bool = False
     mantissa_bits: int = 0
     min_exponent: int = 0
+    power_of_two_scales: bool = False
 
     @property
     def smallest_step(self) -> float:
@@ -79,7 +82,10 @@ FP8_E5M2 = QuantType(
 )
 """OCP FP8 E5M2; its infinities are never produced."""
 
-QUANT_TYPES = {q.name: q for q in (INT8, FP8_E4M3, FP8_E5M2)}
+MXFP8_E4M3 = replace(FP8_E4M3, name="mxfp8_e4m3", power_of_two_scales=True)
+"""OCP Microscaling's E4M3, whose scales are exponents (E8M0)."""
+
+QUANT_TYPES = {q.name: q for q in (INT8, FP8_E4M3, FP8_E5M2, MXFP8_E4M3)}
 """What checkpoints are converted to, by name; INT4, INT6 and INT16 are for modules that compute with them."""
 
 

@@ -39,7 +39,7 @@ _GAIN = 1e-6  # a candidate must win by more than the noise of fp32 sums
 
 
 def absmax_scale(weight: torch.Tensor, quant_type: QuantType, granularity: Granularity) -> torch.Tensor:
-    """The smallest scale with which nothing saturates: max |w| / qmax of each group.
+    """The smallest scale with which nothing saturates: max |w| / qmax of each group, or the power of two above it.
 
     Groups of zeros (and empty ones) get 1, groups too small for it the smallest normal
     fp32, so that a scale is always a positive normal number.
@@ -68,7 +68,15 @@ def absmax_scale(weight: torch.Tensor, quant_type: QuantType, granularity: Granu
     # One ulp inside the range, so that qmax · scale does not round up to infinity.
     ceiling = _FP32.max / quant_type.qmax * (1 - _FP32.eps)
     scale = (peak / quant_type.qmax).clamp_(_FP32.tiny, ceiling).float()
+    if quant_type.power_of_two_scales:
+        scale = _power_of_two(scale)
     return torch.where(peak == 0, 1.0, scale)
+
+
+def _power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The least powers of two that are not below."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
 
 
 def _magnitudes(rows: torch.Tensor) -> torch.Tensor:
@@ -223,7 +231,8 @@ def search_scale(
     if count < 1:
         raise ConfigurationError(f"a search needs at least one candidate, not {candidates}")
     base = absmax_scale(weight, quant_type, granularity)
-    if weight.numel() == 0:
+    # On a grid that repeats with every power of two, another one wins nothing.
+    if weight.numel() == 0 or quant_type.power_of_two_scales:
         return base
     metric = _Metric(granularity, weight.shape[1], channel_weights, gram)
     search = _Search(weight, quant_type, granularity, base, metric)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from qwodel.algorithms.data_aware import RoundingReport
@@ -12,7 +13,8 @@ from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.backends.weight_file_options import WeightFileOptions
 from qwodel.backends.weight_file_rounding import data_aware, rounding_of
 from qwodel.calibration.options import renamed
-from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.formats.codec import Codec
+from qwodel.checkpoint.formats.registry import CODECS, storage_format
 from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.layouts.layout import Layout
 from qwodel.checkpoint.layouts.transformers import TransformersLayout
@@ -21,7 +23,6 @@ from qwodel.checkpoint.plan.layer_config import LayerConfig, load_layer_config
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe
-from qwodel.checkpoint.rounding.methods import FromStatistics, FromStore
 from qwodel.checkpoint.run.convert import convert
 from qwodel.checkpoint.run.device_executor import executor_for, make_executor
 from qwodel.checkpoint.run.verify import LayerQuality, verify
@@ -43,6 +44,19 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
     stages: ClassVar[Mapping[str, float]] = {"resolve": 1, "quantize": 60, "verify": 30, "publish": 2}
     options_type = WeightFileOptions
+
+    @classmethod
+    def formats(cls) -> Mapping[str, FormatSpec]:
+        """The codecs that name this backend."""
+        return MappingProxyType(
+            {
+                codec.name: FormatSpec(
+                    codec.name, codec.description, codec.nominal_bits, codec.read_by, aliases=codec.aliases
+                )
+                for codec in CODECS.values()
+                if codec.backend == cls.name
+            }
+        )
 
     @classmethod
     def parse_options(
@@ -151,7 +165,7 @@ def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) 
 def _layout(source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> Layout:
     name = options.layout
     wanted = storage_format(spec.name)
-    if name == "auto" and (wanted.convrot or wanted.quip_seed is not None):
+    if name == "auto" and (wanted.rotates):
         name = "comfyui"  # the one layout that can say how weights are rotated
     if name == "auto":
         # A bare diffusion checkpoint is for ComfyUI; a directory with a model's config is for transformers.
@@ -174,7 +188,7 @@ def _layout(source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -
     )
 
 
-def _format(spec: FormatSpec, options: WeightFileOptions) -> StorageFormat:
+def _format(spec: FormatSpec, options: WeightFileOptions) -> Codec:
     return storage_format(spec.name, options.block_size)
 
 
@@ -182,7 +196,7 @@ def _recipe(spec: FormatSpec, options: WeightFileOptions) -> Recipe:
     if (options.custom_layers is None) != (options.custom_format is None):
         raise ConfigurationError("custom_layers and custom_format go together")
     rounding = rounding_of(options)
-    aware = rounding if isinstance(rounding, FromStatistics | FromStore) else None
+    aware = rounding if rounding and rounding.uses_data else None
     custom = None
     if options.custom_layers is not None and options.custom_format is not None:
         custom = LayerOverride(options.custom_layers, storage_format(options.custom_format), aware)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from qwodel.checkpoint.files.output_tensor import OutputTensor
-from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.formats.codec import Codec, Dialect
 from qwodel.checkpoint.lora.merge import LoraTerm
 from qwodel.checkpoint.rounding.methods import Rounding
 from qwodel.checkpoint.source.source_tensor import SourceTensor
 
-__all__ = ["Action", "TensorPlan"]
+__all__ = ["Action", "Storage", "TensorPlan"]
 
 
 class Action(StrEnum):
@@ -24,6 +24,21 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """A format in the dialect of a layout: what one weight is really written as."""
+
+    codec: Codec
+    dialect: Dialect
+
+    def outputs(self, layer: str, shape: tuple[int, ...]) -> tuple[OutputTensor, ...]:
+        """The tensors of a weight of this layer and shape."""
+        return tuple(
+            OutputTensor(f"{layer}.{part.local}", part.dtype, part.shape, part.role, part.payload, part.local)
+            for part in self.codec.parts(shape, self.dialect)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """What happens to one tensor.
 
@@ -33,15 +48,17 @@ class TensorPlan:
         format, rounding: where it is quantized or cast.
         outputs: the tensors it becomes; none when dropped.
         loras: updates merged into it first.
+        storage: what ``format`` is written as.
     """
 
     source: SourceTensor
     action: Action
     reason: str
     outputs: tuple[OutputTensor, ...]
-    format: StorageFormat | None = None
+    format: Codec | None = None
     rounding: Rounding | None = None
     loras: tuple[LoraTerm, ...] = ()
+    storage: Storage | None = None
 
     @property
     def name(self) -> str:

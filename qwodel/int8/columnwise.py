@@ -11,7 +11,9 @@ from typing import Any
 from qwodel.algorithms.converter_options import rounding_options
 from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.gptq import GptqOptions
-from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.formats.codec import Codec
+from qwodel.checkpoint.formats.quip import QUIP
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.rounding.methods import FromStatistics, Rounding
 from qwodel.checkpoint.rounding.statistics import StatisticsFile
 from qwodel.exceptions import ConfigurationError
@@ -58,7 +60,7 @@ def learned_with_data(optimizer: str, settings: Mapping[str, Any], options: Mapp
     return FromStatistics(_statistics(options), learned, optimizer)
 
 
-def quip_format(options: Mapping[str, Any], block_size: int | None) -> StorageFormat:
+def quip_format(options: Mapping[str, Any], block_size: int | None) -> Codec:
     """What ``quip_store_transformed``, ``quip_requant_scheme`` and their like ask for.
 
     Raises:
@@ -75,7 +77,7 @@ def quip_format(options: Mapping[str, Any], block_size: int | None) -> StorageFo
                 )
         if not options["quip_hadamard"]:
             return storage_format("int8_row")
-        return replace(storage_format("int8_quip"), quip_seed=options["quip_seed"] or 0)
+        return replace(QUIP, seed=options["quip_seed"] or 0)
     for name, unset in (
         ("quip_hadamard", options["quip_hadamard"]),
         ("quip_seed", options["quip_seed"] is None),

@@ -12,7 +12,8 @@ import torch
 
 from qwodel.algorithms.converter_options import rounding_options
 from qwodel.checkpoint.families.layer_filters import validate_filters
-from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.formats.codec import Codec
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.lora.merge import LoraSource
 from qwodel.checkpoint.plan.layer_config import LayerConfig
@@ -202,7 +203,7 @@ class Int8Arguments:
             dampen_loras=options["merge_lora_dampen"],
         )
 
-    def _format(self) -> StorageFormat:
+    def _format(self) -> Codec:
         mode = self.converter.get("scaling_mode", "row")
         size = self.converter.get("block_size")
         if self.options["fp16"]:
@@ -260,7 +261,7 @@ class Int8Arguments:
         return tuple(LoraSource(Path(path), self.options["merge_lora_scale"]) for path in paths)
 
 
-def _named(kind: str | None, mode: str | None, block_size: int | None) -> StorageFormat | None:
+def _named(kind: str | None, mode: str | None, block_size: int | None) -> Codec | None:
     """``"int8"`` with a scaling mode and block size, or any storage format by its own name."""
     if kind is None:
         return None

@@ -19,7 +19,7 @@ from torch import nn
 
 from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingReport, round_together
 from qwodel.algorithms.gram import InputStatistics
-from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.formats.codec import Codec
 from qwodel.checkpoint.rounding.code_store import CodeStore
 from qwodel.exceptions import QuantizationError
 from qwodel.modeling.lazy_model import LazyModel
@@ -34,13 +34,13 @@ __all__ = ["Solver", "quantize_blockwise", "round_stored"]
 log = logging.getLogger(__name__)
 
 
-Solver = Callable[[Sequence[torch.Tensor], StorageFormat, InputStatistics | None], Sequence[RoundedWeight]]
+Solver = Callable[[Sequence[torch.Tensor], Codec, InputStatistics | None], Sequence[RoundedWeight]]
 """Rounds weights that read the same inputs and have the same task; without statistics, without data."""
 
 
 def quantize_blockwise(
     lazy: LazyModel,
-    tasks: Mapping[str, StorageFormat],
+    tasks: Mapping[str, Codec],
     batches: Sequence[Mapping[str, torch.Tensor]],
     solve: Solver,
     store: CodeStore,
@@ -75,7 +75,7 @@ def quantize_blockwise(
 
 def round_stored(
     weights: Sequence[torch.Tensor],
-    task: StorageFormat,
+    task: Codec,
     statistics: InputStatistics | None,
     options: DataAware,
 ) -> list[RoundedWeight]:
@@ -91,7 +91,7 @@ def round_stored(
 @dataclass(slots=True)
 class _Run:
     lazy: LazyModel
-    tasks: Mapping[str, StorageFormat]
+    tasks: Mapping[str, Codec]
     batches: Sequence[Mapping[str, torch.Tensor]]
     solve: Solver
     store: CodeStore

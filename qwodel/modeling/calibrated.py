@@ -15,14 +15,12 @@ from qwodel.algorithms.data_aware import DataAware, RoundedWeight, RoundingRepor
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.calibration import describe_dataset
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.formats.codec import Codec
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.rounding.code_store import CodeStore
-from qwodel.checkpoint.rounding.methods import FromStore
 from qwodel.checkpoint.rounding.statistics import write_statistics
 from qwodel.checkpoint.run.tensor_work import weight_rows
 from qwodel.checkpoint.source.dequantize_sources import resolve_sources
-from qwodel.checkpoint.tensors import TensorPlan
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
 from qwodel.exhaustion import exhausted
 from qwodel.hardware import return_free_memory
@@ -54,7 +52,7 @@ def find_codes(
     """Run the plan's model on calibration text and find the codes of every weight that waits for them.
 
     Args:
-        plan: weights whose rounding is a :class:`~qwodel.checkpoint.rounding.methods.FromStore` are concerned.
+        plan: weights whose rounding waits for codes are concerned.
         folder: an empty folder for the codes, until the plan has been carried out.
         calibration: the text.
         method: how codes are chosen.
@@ -77,10 +75,12 @@ def find_codes(
     tasks = {
         each.name.removesuffix(".weight"): each.format
         for each in plan.tensors
-        if isinstance(each.rounding, FromStore) and each.format and each.format.quant_type
+        if each.rounding and each.rounding.waits_for_codes and each.format and each.format.quant_type
     }
     progress.stage("calibrate", "reading the calibration text")
-    widest = max(each.source.shape[1] for each in plan.tensors if isinstance(each.rounding, FromStore))
+    widest = max(
+        each.source.shape[1] for each in plan.tensors if each.rounding and each.rounding.waits_for_codes
+    )
     with UnifiedSafetensorsLoader(plan.source, low_memory=True) as reader:
         lazy = _open(plan, reader, torch.device(calibration.device))
         if batches is None:
@@ -89,7 +89,7 @@ def find_codes(
             prepare(lazy.model)
 
         def solve(
-            weights: Sequence[torch.Tensor], task: StorageFormat, statistics: InputStatistics | None
+            weights: Sequence[torch.Tensor], task: Codec, statistics: InputStatistics | None
         ) -> list[RoundedWeight]:
             return round_stored(weights, task, statistics, method)
 
@@ -106,7 +106,10 @@ def find_codes(
                 asymmetric=method.method == "gptaq",
             )
     return_free_memory()
-    filled = tuple(_filled(each, folder) for each in plan.tensors)
+    filled = tuple(
+        replace(each, rounding=each.rounding.with_codes_in(folder)) if each.rounding else each
+        for each in plan.tensors
+    )
     return replace(plan, tensors=filled), reports
 
 
@@ -227,12 +230,6 @@ def _explained(lazy: LazyModel, calibration: CalibrationOptions) -> Iterator[Non
             f"{type(lazy.model).__name__} does not run block by block: {error}",
             hint="run it yourself with qwodel.modeling.collect_statistics and pass the file",
         ) from error
-
-
-def _filled(tensor: TensorPlan, folder: Path) -> TensorPlan:
-    if not isinstance(tensor.rounding, FromStore):
-        return tensor
-    return replace(tensor, rounding=FromStore(folder, tensor.rounding.name))
 
 
 def _open(plan: Plan, reader: UnifiedSafetensorsLoader, device: torch.device) -> LazyModel:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qwodel.algorithms.data_aware import DataAware, RoundingReport
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.transformers import TransformersLayout, config_bytes
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.plan.planning import build_plan

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from qwodel.checkpoint.formats.packed_int8 import unpack_int8
+from qwodel.checkpoint.formats.packed import unpack_int8
 from qwodel.exceptions import ConversionError, ValidationError
 from qwodel.modeling.empty_models import tie_weights
 from qwodel.modeling.lazy_model import LazyModel

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwodel.checkpoint.formats.storage_format import STORAGE_FORMATS, storage_format
+from qwodel.checkpoint.formats.registry import CODECS, storage_format
 from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.layouts.layout import Layout
 from qwodel.checkpoint.plan.planning import build_plan
@@ -19,7 +19,10 @@ from qwodel.checkpoint.run.convert import Conversion, convert
 from qwodel.checkpoint.run.device_executor import make_executor
 from qwodel.checkpoint.run.verify import LayerQuality, verify
 
-FORMATS = [name for name, each in STORAGE_FORMATS.items() if each.quantizes]
+FORMATS = [
+    name for name, each in CODECS.items() if each.quant_type and not each.quant_type.power_of_two_scales
+]
+"""Formats with fp32 scales, which take every shape."""
 
 
 def random_weights(

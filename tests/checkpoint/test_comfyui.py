@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
-from qwodel.checkpoint.layouts.comfyui import COMFYUI_FORMATS, ComfyUILayout
+from qwodel.checkpoint.formats.registry import CODECS, storage_format
+from qwodel.checkpoint.formats.scaled import Scaled
+from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.exceptions import ConfigurationError
 from tests.checkpoint.checkpoints import llama_weights, run, sqnr
 
@@ -104,14 +105,16 @@ def test_formats_comfyui_cannot_load_say_so(
 
 
 def test_every_unloadable_format_has_a_reason() -> None:
-    assert all(each.loads or each.reason for each in COMFYUI_FORMATS.values())
+    supports = [codec.comfyui() for codec in CODECS.values()]
+    assert all(each.loads or each.reason for each in supports)
+    assert not all(each.loads for each in supports)
 
 
 def test_groups_have_no_comfyui_format() -> None:
     from qwodel.algorithms.quant_types import INT8, Granularity
 
     with pytest.raises(ConfigurationError, match="1x64"):
-        ComfyUILayout().support(StorageFormat("int8_group", INT8, Granularity.group(64)))
+        ComfyUILayout().support(Scaled("int8_group", INT8, Granularity.group(64)))
 
 
 def test_input_scale(source: Path, tmp_path: Path) -> None:

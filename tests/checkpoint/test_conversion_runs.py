@@ -12,11 +12,12 @@ import pytest
 from safetensors.torch import save_file
 
 import qwodel.checkpoint.run.convert as convert_module
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.layouts.transformers import TransformersLayout
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import Recipe
+from qwodel.checkpoint.rounding.methods import Rounding
 from qwodel.checkpoint.run.convert import convert
 from qwodel.checkpoint.run.device_executor import make_executor
 from qwodel.checkpoint.run.executor import ProcessExecutor
@@ -46,13 +47,10 @@ def test_files_are_forced_to_disk_while_tensors_are_still_computed(
     assert set(events[: -len(files)]) > {"progress"}
 
 
-class Breaks:
+class Breaks(Rounding):
     """A rounding whose worker dies."""
 
     name = "breaks"
-
-    def rows_apart(self, granularity: object) -> bool:
-        return False
 
     def round(self, given: Any) -> Any:
         os._exit(9)

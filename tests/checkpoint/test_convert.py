@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import qwodel.checkpoint.run.tensor_work as tensor_work
 import qwodel.checkpoint.run.verify as verify_module
 from qwodel.checkpoint.files.slabs import row_slabs
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.transformers import TransformersLayout
 from qwodel.checkpoint.plan.recipe import LayerOverride
 from qwodel.checkpoint.rounding.methods import ScaleSearch
@@ -102,7 +102,7 @@ def test_any_weight_decodes_to_what_is_reported(
     assert codes.shape == weight.shape
     assert scale.dtype == torch.float32
     stored = (codes.float() * expand(scale, codes.shape, size)).double()
-    if wanted.quip_seed is None:
+    if not wanted.mixes_rows:
         decoded = unrotate(stored, out["blocks.0.proj.comfy_quant"])
     else:
         outputs, inputs = (quip_matrix(out[f"blocks.0.proj.quip_signs_{side}"]) for side in ("out", "in"))
@@ -114,7 +114,7 @@ def test_any_weight_decodes_to_what_is_reported(
     reported = found.sqnr_db
     if reported < 120 and power > 1e-70:
         assert sqnr(weight, decoded) == pytest.approx(reported, abs=0.05)
-    if not search and not wanted.convrot and wanted.quip_seed is None:
+    if not search and not wanted.rotates:
         peak = weight.double().abs().max()
         # A step is at most 1/127 of the peak for INT8 and an eighth (E5M2: a quarter) of the value for FP8.
         assert float(error.max()) <= float(peak / (8 if name.startswith("fp8") else 250)) ** 2 * 1.001 + 1e-70

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.plan.decisions import Decider
 from qwodel.checkpoint.plan.layer_config import LayerConfig
 from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe

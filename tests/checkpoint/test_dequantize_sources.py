@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.formats.packed_fp4 import E2M1_VALUES, unswizzle_scales
+from qwodel.checkpoint.formats.fp4 import E2M1_VALUES
+from qwodel.checkpoint.formats.swizzle import unswizzle_scales
 from qwodel.checkpoint.source.dequantize_sources import resolve_sources
 from qwodel.exceptions import ValidationError
 from tests.checkpoint.checkpoints import run, sqnr

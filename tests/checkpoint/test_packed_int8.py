@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.formats.packed_int8 import pack_int8, unpack_int8
+from qwodel.checkpoint.formats.packed import pack_int8, unpack_int8
 from qwodel.checkpoint.source.dequantize_sources import resolve_sources
 from qwodel.exceptions import ValidationError
 

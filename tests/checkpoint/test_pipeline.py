@@ -17,7 +17,7 @@ import qwodel.checkpoint.run.pipeline as pipeline
 import qwodel.checkpoint.run.tensor_compute as tensor_compute
 import qwodel.checkpoint.run.tensor_work as tensor_work
 from qwodel.algorithms.learned_rounding import RoundingOptions
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.lora.merge import LoraSource
 from qwodel.checkpoint.plan.planning import build_plan
@@ -38,15 +38,12 @@ VICTIM = "model.layers.0.mlp.down_proj"
 
 
 @dataclass(frozen=True)
-class OutOfMemory:
+class OutOfMemory(Rounding):
     """Nearest rounding whose memory runs out for one layer, ``times`` times."""
 
     times: int = 1
     calls: list[str] = field(default_factory=list, compare=False)
     name: str = "out-of-memory"
-
-    def rows_apart(self, granularity: object) -> bool:
-        return False
 
     def round(self, given: LayerWeight) -> Any:
         self.calls.append(given.layer)
@@ -308,14 +305,11 @@ def test_workers_without_stages_run_in_threads() -> None:
 
 
 @dataclass(frozen=True)
-class Places:
+class Places(Rounding):
     """Nearest rounding of whole weights that notes who computed them."""
 
     seen: list[tuple[str, str]] = field(default_factory=list, compare=False)
     name: str = "places"
-
-    def rows_apart(self, granularity: object) -> bool:
-        return False
 
     def round(self, given: LayerWeight) -> Any:
         self.seen.append((given.layer, threading.current_thread().name))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.transformers import TransformersLayout
 from qwodel.checkpoint.plan.layer_config import LayerConfig
 from qwodel.checkpoint.plan.recipe import LayerOverride

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwodel.algorithms.quant_types import FP8_E4M3
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import Recipe

@@ -12,7 +12,7 @@ from qwodel.algorithms.asymmetric import asymmetric_targets
 from qwodel.algorithms.gptq import gptq
 from qwodel.algorithms.gram import InputStatistics
 from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW, TENSOR
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.modeling import model_blocks
 
 from .test_blockwise import run as run_blockwise

@@ -11,7 +11,7 @@ from qwodel.algorithms.gptq import gptq
 from qwodel.algorithms.hadamard import convrot_gram, convrot_weight
 from qwodel.algorithms.quant_types import INT8, ROW
 from qwodel.algorithms.scales import quantize
-from qwodel.checkpoint.formats.storage_format import storage_format
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.rounding.code_store import CodeStore
 from qwodel.exceptions import Cancelled, ConversionError, QuantizationError
 from qwodel.modeling.blockwise import quantize_blockwise, round_stored

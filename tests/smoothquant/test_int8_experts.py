@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qwodel import Quantizer
-from qwodel.checkpoint.formats.packed_int8 import unpack_int8
+from qwodel.checkpoint.formats.packed import unpack_int8
 from qwodel.exceptions import ValidationError
 from qwodel.modules.int8_experts import Int8Experts
 from qwodel.smoothquant import Int8ForCausalLM, fake_quantized

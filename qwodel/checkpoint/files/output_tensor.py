@@ -21,13 +21,17 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor of the output: ``payload`` holds its bytes when they are known beforehand."""
+    """One tensor of the output: ``payload`` holds its bytes when they are known beforehand.
+
+    ``local`` is its name among the tensors of its layer, as the layer's format knows it.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     role: Role
     payload: bytes | None = None
+    local: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -14,25 +14,20 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT8, ROW, TENSOR
-from qwodel.checkpoint.files.dtypes import dtype_name
+from qwodel.algorithms.quant_types import INT8
 from qwodel.checkpoint.files.output_tensor import OutputTensor, Role
-from qwodel.checkpoint.formats.storage_format import StorageFormat
-from qwodel.checkpoint.layouts.layout import ReaderSupport
+from qwodel.checkpoint.files.writer import FilePlan, index_bytes
+from qwodel.checkpoint.formats.codec import Activations, Codec, ReaderSupport
+from qwodel.checkpoint.formats.packed import PACKED_INT8
+from qwodel.checkpoint.formats.scaled import FP8_ROW, INT8_ROW
 from qwodel.checkpoint.source.source_tensor import SourceTensor
+from qwodel.checkpoint.tensors import Storage, TensorPlan
 from qwodel.exceptions import ConfigurationError
-
-if TYPE_CHECKING:
-    from qwodel.checkpoint.tensors import TensorPlan
 
 __all__ = ["Activations", "TransformersLayout"]
 
-Activations = Literal["dynamic", "static", "none"]
-
-_VLLM_BLOCK = 128
-_PACKED = 4  # INT8 codes in an int32
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _ANY_EXPERT = r"re:.*\.experts\.\d+\..*"
 
@@ -70,50 +65,25 @@ class TransformersLayout:
     def single_file(self) -> bool:
         return False
 
-    def support(self, wanted: StorageFormat) -> ReaderSupport:
-        reader = "transformers with compressed-tensors, vLLM"
-        if wanted.quant_type is None:
-            return ReaderSupport(True, reader)
-        if wanted.quant_type == FP8_E5M2:
-            raise ConfigurationError(
-                "compressed-tensors has no FP8 E5M2, so no model directory can be written in it",
-                hint="use fp8_e4m3, or the comfyui layout",
-            )
-        if wanted.convrot or wanted.quip_seed is not None:
-            raise ConfigurationError(
-                f"compressed-tensors readers do not rotate activations as {wanted.name} weights need",
-                hint="use layout='comfyui', or the format int8_row",
-            )
-        granularity = wanted.granularity
-        if wanted.quant_type == INT8 and granularity.is_block:
-            return ReaderSupport(
-                False, reader, "vLLM has no INT8 kernels with block scales; transformers decodes it"
-            )
-        if wanted.quant_type == INT8 and self.activations == "none":
-            return ReaderSupport(
-                False,
-                reader,
-                "vLLM reads INT8 weights without activation quantization only in its packed form",
-            )
-        if granularity.is_block and (granularity.block_rows, granularity.block_cols) != (
-            _VLLM_BLOCK,
-            _VLLM_BLOCK,
-        ):
-            return ReaderSupport(
-                False, reader, "vLLM has FP8 kernels for 128×128 blocks only; transformers decodes it"
-            )
-        return ReaderSupport(True, reader)
+    @property
+    def needs_config(self) -> bool:
+        return True
 
-    def obstacle(self, source: SourceTensor, wanted: StorageFormat) -> str | None:
+    def support(self, wanted: Codec) -> ReaderSupport:
+        return wanted.compressed_tensors(self.activations)
+
+    def obstacle(self, source: SourceTensor, wanted: Codec) -> str | None:
         if not wanted.quantizes:
             return None
+        stored = self.storage(source, wanted).codec
+        if reason := stored.obstacle(source.shape, "compressed-tensors"):
+            return reason
+        if _EXPERT.search(source.name):
+            if not stored.merges_experts:
+                return "transformers merges experts as it loads and takes FP8 with tensor or row scales only"
+            if stored is PACKED_INT8:
+                return None
         granularity = wanted.granularity
-        if self._packs(source.name, wanted):
-            if source.shape[1] % _PACKED:
-                return f"{source.shape[1]} inputs are no multiple of {_PACKED}, as packing needs"
-            return None
-        if _EXPERT.search(source.name) and (wanted.quant_type != FP8_E4M3 or granularity.is_block):
-            return "transformers merges experts as it loads and takes FP8 with tensor or row scales only"
         if (
             self.activations == "dynamic"
             and granularity.is_block
@@ -127,30 +97,17 @@ class TransformersLayout:
             return "its layer's inputs have no static scale"
         return None
 
-    def outputs(self, source: SourceTensor, wanted: StorageFormat) -> tuple[OutputTensor, ...]:
-        assert wanted.quant_type is not None
-        shape = wanted.granularity.scale_shape(source.shape) or (1,)
-        if self._packs(source.name, wanted):
-            rows, columns = source.shape
-            return (
-                OutputTensor(f"{source.name}_packed", "I32", (rows, columns // _PACKED), Role.CODES),
-                OutputTensor(f"{source.name}_scale", "F32", shape, Role.SCALE),
-                OutputTensor(
-                    f"{source.name}_shape", "I64", (2,), Role.CONSTANT, struct.pack("<2q", rows, columns)
-                ),
-            )
-        outputs = (
-            OutputTensor(source.name, dtype_name(wanted.quant_type.dtype), source.shape, Role.CODES),
-            OutputTensor(f"{source.name}_scale", "F32", shape, Role.SCALE),
-        )
-        if self.activations != "static":
-            return outputs
-        name, payload = f"{source.name.removesuffix('.weight')}.input_scale", self.input_scales[source.name]
-        return (*outputs, OutputTensor(name, "F32", (1,), Role.CONSTANT, struct.pack("<f", payload)))
+    def storage(self, source: SourceTensor, wanted: Codec) -> Storage:
+        packs = self.packed_experts and wanted == INT8_ROW and _EXPERT.search(source.name)
+        return Storage(PACKED_INT8 if packs else wanted, "compressed-tensors")
 
-    def _packs(self, name: str, wanted: StorageFormat) -> bool:
-        row_codes = wanted.quant_type == INT8 and wanted.granularity == ROW
-        return self.packed_experts and row_codes and _EXPERT.search(name) is not None
+    def outputs(self, source: SourceTensor, wanted: Codec) -> tuple[OutputTensor, ...]:
+        layer, storage = source.name.removesuffix(".weight"), self.storage(source, wanted)
+        outputs = storage.outputs(layer, source.shape)
+        if self.activations != "static" or storage.codec is PACKED_INT8:
+            return outputs
+        payload = struct.pack("<f", self.input_scales[source.name])
+        return (*outputs, OutputTensor(f"{layer}.input_scale", "F32", (1,), Role.CONSTANT, payload))
 
     def extra_tensors(self, tensors: Sequence[TensorPlan]) -> tuple[OutputTensor, ...]:
         del tensors
@@ -160,6 +117,14 @@ class TransformersLayout:
         del tensors
         kept = {key: value for key, value in source.items() if key != "_quantization_metadata"}
         return {"format": "pt", **kept}
+
+    def documents(
+        self, config: Mapping[str, Any], tensors: Sequence[TensorPlan], files: Sequence[FilePlan]
+    ) -> dict[str, bytes]:
+        documents = {"config.json": config_bytes(self.config(config, tensors))}
+        if len(files) > 1:
+            documents["model.safetensors.index.json"] = index_bytes(files)
+        return documents
 
     def config(self, config: Mapping[str, Any], tensors: Iterable[TensorPlan]) -> dict[str, Any]:
         """Return the output's ``config.json``: the source's, with our ``quantization_config``."""
@@ -174,7 +139,7 @@ class TransformersLayout:
             written = _with_dtype(written, dtype)
         return written
 
-    def _quantization(self, plans: list[TensorPlan], formats: list[StorageFormat]) -> dict[str, Any]:
+    def _quantization(self, plans: list[TensorPlan], formats: list[Codec]) -> dict[str, Any]:
         # The commonest format takes every Linear; rarer ones are named layer by layer.
         groups: dict[str, dict[str, Any]] = {}
         for index, wanted in enumerate(formats):
@@ -183,23 +148,20 @@ class TransformersLayout:
                 for each in plans
                 if each.format == wanted and index
             ]
-            groups[f"group_{index}"] = {"targets": named or ["Linear"], **self._scheme(wanted)}
-        kept = _kept_layers(plans)
-        packed = next(
-            (each.format for each in plans if each.format and self._packs(each.name, each.format)), None
-        )
-        if packed is not None:
-            groups[f"group_{len(groups)}"] = {
-                "targets": [_ANY_EXPERT],
-                **self._scheme(packed),
-                "input_activations": None,
-                "format": "pack-quantized",
+            groups[f"group_{index}"] = {
+                "targets": named or ["Linear"],
+                **wanted.scheme(self.activations),
             }
+        kept = _kept_layers(plans)
+        packed = any(each.storage and each.storage.codec is PACKED_INT8 for each in plans)
+        if packed:
+            scheme = PACKED_INT8.scheme(self.activations)
+            groups[f"group_{len(groups)}"] = {"targets": [_ANY_EXPERT], **scheme}
         elif formats[0].quant_type == INT8 and any(_EXPERT.search(f"{name}.") for name in kept):
             # transformers looks for packed experts where the experts' group is an integer one, and
             # would leave those stored as they were without values.
-            fp8 = StorageFormat("experts", FP8_E4M3, ROW)
-            groups[f"group_{len(groups)}"] = {"targets": [_ANY_EXPERT], **self._scheme(fp8)}
+            scheme = FP8_ROW.scheme(self.activations)
+            groups[f"group_{len(groups)}"] = {"targets": [_ANY_EXPERT], **scheme}
         labels = {str(group["format"]) for group in groups.values()}
         return {
             "config_groups": groups,
@@ -209,35 +171,6 @@ class TransformersLayout:
             "kv_cache_scheme": None,
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
-        }
-
-    def _scheme(self, wanted: StorageFormat) -> dict[str, Any]:
-        kind = "int" if wanted.quant_type == INT8 else "float"
-        granularity = wanted.granularity
-        weights: dict[str, Any] = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": False}
-        inputs: dict[str, Any] = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": True}
-        inputs["strategy"] = "token"
-        if granularity == TENSOR:
-            weights["strategy"] = "tensor"
-        elif granularity == ROW:
-            weights["strategy"] = "channel"
-        elif granularity.block_rows == 1:
-            weights |= {"strategy": "group", "group_size": granularity.block_cols}
-        else:
-            weights |= {
-                "strategy": "block",
-                "block_structure": [granularity.block_rows, granularity.block_cols],
-            }
-            inputs |= {"strategy": "group", "group_size": granularity.block_cols}
-        if self.activations == "static":
-            inputs |= {"strategy": "tensor", "dynamic": False}
-        rounded = self.activations != "none"
-        label = f"{kind}-quantized" if rounded else "naive-quantized"
-        return {
-            "weights": weights,
-            "input_activations": inputs if rounded else None,
-            "output_activations": None,
-            "format": label,
         }
 
 
@@ -269,9 +202,9 @@ def _kept_layers(plans: Sequence[TensorPlan]) -> list[str]:
     return [*kept, "lm_head"] if tied and not any(name.endswith("lm_head") for name in kept) else kept
 
 
-def _formats(plans: list[TensorPlan]) -> list[StorageFormat]:
+def _formats(plans: list[TensorPlan]) -> list[Codec]:
     """The quantizing formats in use, the commonest first."""
-    counts: dict[StorageFormat, int] = {}
+    counts: dict[Codec, int] = {}
     for each in plans:
         if each.format and each.format.quantizes:
             counts[each.format] = counts.get(each.format, 0) + 1

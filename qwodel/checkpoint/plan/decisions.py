@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from qwodel.checkpoint.families.layer_filters import filter_verdict
-from qwodel.checkpoint.formats.storage_format import StorageFormat, storage_format
+from qwodel.checkpoint.formats.cast import cast_to
+from qwodel.checkpoint.formats.codec import Codec
+from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.layout import Layout
 from qwodel.checkpoint.plan.recipe import Recipe
 from qwodel.checkpoint.rounding.methods import Nearest, Rounding, default_rounding
@@ -27,7 +29,7 @@ class Decision:
 
     action: Action
     reason: str
-    format: StorageFormat | None = None
+    format: Codec | None = None
     rounding: Rounding | None = None
 
 
@@ -84,11 +86,11 @@ class Decider:
                     wanted = storage_format(rule.storage_name)
                 if rule.block_size and wanted.granularity.is_block:
                     wanted = wanted.with_block_size(rule.block_size)
-                if wanted.cast_to or not self._obstacle(source):
+                if wanted.cast_to or not self._obstacle(source, wanted):
                     return self._store(source, wanted, recipe.rounding, reason)
         custom = recipe.custom_layers
         if custom and name_pattern(custom.pattern).search(source.name):
-            obstacle = None if custom.format.cast_to else self._obstacle(source)
+            obstacle = None if custom.format.cast_to else self._obstacle(source, custom.format)
             if not obstacle and custom.skip_inefficient:
                 obstacle = _inefficient(source, custom.format)
             if not obstacle:
@@ -100,7 +102,7 @@ class Decider:
         recipe, wanted = self.recipe, self.recipe.format
         if wanted.cast_to:
             return self._store(source, wanted, recipe.rounding, "every weight is cast")
-        if obstacle := self._obstacle(source):
+        if obstacle := self._obstacle(source, wanted):
             return _keep(source, obstacle)
         verdict = filter_verdict(source.name, self.filters)
         reason = None if verdict.action == "process" else verdict.reason
@@ -115,12 +117,12 @@ class Decider:
             return self._store(source, fallback, recipe.fallback_rounding, f"fallback; {reason}")
         return _keep(source, reason)
 
-    def _unreadable(self, source: SourceTensor, wanted: StorageFormat) -> str | None:
+    def _unreadable(self, source: SourceTensor, wanted: Codec) -> str | None:
         """Why the layout's reader would not take this tensor so."""
         return self.layout.obstacle(source, wanted) if self.layout else None
 
-    def _obstacle(self, source: SourceTensor) -> str | None:
-        """Why this tensor cannot be quantized at all."""
+    def _obstacle(self, source: SourceTensor, wanted: Codec) -> str | None:
+        """Why this tensor cannot be quantized so at all."""
         if not source.name.endswith(".weight"):
             return "expert tensor without a quantized layout" if len(source.shape) == 3 else "not a .weight"
         if len(source.shape) != 2:
@@ -129,11 +131,12 @@ class Decider:
             return "empty"
         if source.name in self.conv1d:
             return "stored [in, out] (Conv1D); readers of quantized weights take [out, in]"
-        return None
+        if self.layout is None:
+            return None
+        storage = self.layout.storage(source, wanted)
+        return storage.codec.obstacle(source.shape, storage.dialect)
 
-    def _store(
-        self, source: SourceTensor, wanted: StorageFormat, rounding: Rounding | None, reason: str
-    ) -> Decision:
+    def _store(self, source: SourceTensor, wanted: Codec, rounding: Rounding | None, reason: str) -> Decision:
         if wanted.quantizes:
             wanted = wanted.fitting(source.shape[1])
             rounding = rounding or default_rounding(wanted.quant_type, wanted.granularity)
@@ -152,7 +155,7 @@ def conv1d_weights(sources: Iterable[SourceTensor]) -> frozenset[str]:
     return frozenset()
 
 
-def _inefficient(source: SourceTensor, wanted: StorageFormat) -> str | None:
+def _inefficient(source: SourceTensor, wanted: Codec) -> str | None:
     side = wanted.granularity.block_cols or _INEFFICIENT_SIDE
     if any(n < side for n in source.shape):
         return f"a side is below {side}"
@@ -164,5 +167,5 @@ def _inefficient(source: SourceTensor, wanted: StorageFormat) -> str | None:
 def _keep(source: SourceTensor, reason: str) -> Decision:
     if source.decoder is None:
         return Decision(Action.COPY, reason)
-    target = StorageFormat(source.dtype.lower(), cast_to=source.dtype)
+    target = cast_to(source.dtype)
     return Decision(Action.CAST, f"{reason}; decoded from {source.encoding}", target, Nearest())

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qwodel.checkpoint.formats.storage_format import STORAGE_FORMATS
+from qwodel.checkpoint.formats.registry import CODECS
 from qwodel.exceptions import ConfigurationError, did_you_mean
 from qwodel.name_patterns import name_pattern
 from qwodel.untrusted import read_json_object
@@ -46,8 +46,8 @@ class LayerRule(BaseModel):
         if value is None:
             return None
         name = value.casefold().replace("-", "_")
-        if name not in STORAGE_FORMATS and name not in _ALIASES:
-            known = [*_ALIASES, *STORAGE_FORMATS]
+        if name not in CODECS and name not in _ALIASES:
+            known = [*_ALIASES, *CODECS]
             raise ValueError(f"unknown format {value!r}; {did_you_mean(value, known) or f'known: {known}'}")
         return name
 

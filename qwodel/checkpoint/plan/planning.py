@@ -11,10 +11,9 @@ from qwodel.checkpoint.families.model_family import ModelFamily, detect_family
 from qwodel.checkpoint.files.model_directory import ModelDirectory
 from qwodel.checkpoint.files.output_tensor import OutputTensor, Role
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.files.writer import FilePlan, index_bytes, pack_files
-from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.files.writer import FilePlan, pack_files
+from qwodel.checkpoint.formats.cast import cast_to
 from qwodel.checkpoint.layouts.layout import Layout
-from qwodel.checkpoint.layouts.transformers import TransformersLayout, config_bytes
 from qwodel.checkpoint.lora.merge import LoraTerm, plan_merges
 from qwodel.checkpoint.plan.decisions import Decider, Decision, conv1d_weights
 from qwodel.checkpoint.plan.plan import Plan
@@ -44,9 +43,9 @@ def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
     """
     source = Path(source)
     directory = ModelDirectory.of(source)
-    if isinstance(layout, TransformersLayout) and directory.config is None:
+    if layout.needs_config and directory.config is None:
         raise ConfigurationError(
-            f"{source} has no config.json, which the transformers layout describes the quantization in",
+            f"{source} has no config.json, which the {layout.name} layout describes the quantization in",
             hint="use the comfyui layout, or give the model's directory",
         )
     with UnifiedSafetensorsLoader(source, low_memory=True) as reader:
@@ -109,17 +108,17 @@ def _tensor_plan(
     source: SourceTensor, decision: Decision, layout: Layout, loras: tuple[LoraTerm, ...]
 ) -> TensorPlan:
     outputs: tuple[OutputTensor, ...]
-    action, wanted = decision.action, decision.format
+    action, wanted, storage = decision.action, decision.format, None
     if action is Action.DROP:
         outputs = ()
     elif action is Action.QUANTIZE and wanted:
-        outputs = layout.outputs(source, wanted)
+        outputs, storage = layout.outputs(source, wanted), layout.storage(source, wanted)
     else:
         if action is Action.COPY and loras:
-            action, wanted = Action.CAST, StorageFormat(source.dtype.lower(), cast_to=source.dtype)
+            action, wanted = Action.CAST, cast_to(source.dtype)
         dtype = wanted.cast_to if wanted and wanted.cast_to else source.dtype
         outputs = (OutputTensor(source.name, dtype, source.shape, Role.DATA),)
-    return TensorPlan(source, action, decision.reason, outputs, wanted, decision.rounding, loras)
+    return TensorPlan(source, action, decision.reason, outputs, wanted, decision.rounding, loras, storage)
 
 
 def _check_quantizes(source: Path, tensors: Sequence[TensorPlan]) -> None:
@@ -137,12 +136,9 @@ def _beside(
     layout: Layout, directory: ModelDirectory, tensors: Sequence[TensorPlan], files: Sequence[FilePlan]
 ) -> tuple[dict[str, bytes], dict[str, Path]]:
     """What goes beside the weights: documents to write, and files to copy."""
-    if not isinstance(layout, TransformersLayout) or directory.config is None:
+    if not layout.needs_config or directory.config is None:
         return {}, {}
-    documents = {"config.json": config_bytes(layout.config(directory.config, tensors))}
-    if len(files) > 1:
-        documents["model.safetensors.index.json"] = index_bytes(files)
-    return documents, directory.side_files()
+    return layout.documents(directory.config, tensors, files), directory.side_files()
 
 
 def _check_names(groups: list[tuple[OutputTensor, ...]]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwodel.checkpoint.families.layer_filters import validate_filters
-from qwodel.checkpoint.formats.storage_format import StorageFormat
+from qwodel.checkpoint.formats.codec import Codec
 from qwodel.checkpoint.lora.merge import LoraSource
 from qwodel.checkpoint.plan.layer_config import LayerConfig
 from qwodel.checkpoint.rounding.methods import Rounding
@@ -24,7 +24,7 @@ class LayerOverride:
     """Layers whose name matches ``pattern`` get a format of their own, whatever the filters say."""
 
     pattern: str
-    format: StorageFormat
+    format: Codec
     rounding: Rounding | None = None
     skip_inefficient: bool = False
 
@@ -54,12 +54,12 @@ class Recipe:
         max_shard_size: tensor bytes of an output shard, for layouts that shard.
     """
 
-    format: StorageFormat
+    format: Codec
     rounding: Rounding | None = None
     filters: tuple[str, ...] | None = None
     custom_layers: LayerOverride | None = None
     exclude_layers: str | None = None
-    fallback: StorageFormat | None = None
+    fallback: Codec | None = None
     fallback_rounding: Rounding | None = None
     skip_inefficient_layers: bool = False
     layer_config: LayerConfig | None = None

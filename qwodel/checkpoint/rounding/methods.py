@@ -7,10 +7,11 @@ statistics, or of codes that were found while the model was run.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -67,45 +68,71 @@ class LayerWeight:
         return Rounded(quantize(self.weight, self.quant_type, self.granularity, scale))
 
 
-class Rounding(Protocol):
-    """What the engine asks of a rounding method."""
+class Rounding:
+    """A rounding method, and what the engine asks of it; a frozen value of a subclass.
 
-    @property
-    def name(self) -> str:
-        """The method's name in plans and manifests."""
-
-    def rows_apart(self, granularity: Granularity) -> bool:
-        """Whether rows may be rounded in separate pieces that do not cut a block, with the same result."""
-
-    def round(self, given: LayerWeight) -> Rounded:
-        """Quantize a layer's weight, all of it or, where rows are apart, some of its rows."""
-
-
-class _Whole:
-    """A method that needs the whole weight."""
+    The answers here are those of a method that takes a weight whole and has nothing to go by but the weight.
+    """
 
     __slots__ = ()
 
+    name: str
+    """The method's name in plans and manifests."""
+
     def rows_apart(self, granularity: Granularity) -> bool:
+        """Whether rows may be rounded in separate pieces that do not cut a block, with the same result."""
         del granularity
         return False
 
+    def needs(self, shape: tuple[int, ...]) -> Mapping[str, int]:
+        """Sizes that grow with a weight it takes whole, by the names of streaming thresholds."""
+        return {"hadamard": math.prod(shape)}
+
+    @property
+    def is_nearest(self) -> bool:
+        """Whether codes are the nearest by absmax scales, which are the same however rows are cut."""
+        return False
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether it goes by how the model's inputs are."""
+        return False
+
+    @property
+    def waits_for_codes(self) -> bool:
+        """Whether its codes are found while the model is run, before the checkpoint is written."""
+        return False
+
+    def with_codes_in(self, folder: Path) -> Rounding:
+        """This method, once the codes it waits for are in ``folder``."""
+        del folder
+        return self
+
+    def round(self, given: LayerWeight) -> Rounded:
+        """Quantize a layer's weight, all of it or, where rows are apart, some of its rows."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, slots=True)
-class Nearest:
+class Nearest(Rounding):
     """Absmax scales, round to nearest. Works in pieces of rows for every granularity."""
 
     name: str = field(default="nearest", init=False)
 
+    @property
+    def is_nearest(self) -> bool:
+        return True
+
     def rows_apart(self, granularity: Granularity) -> bool:
-        return granularity != TENSOR
+        del granularity
+        return True
 
     def round(self, given: LayerWeight) -> Rounded:
         return given.nearest()
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleSearch:
+class ScaleSearch(Rounding):
     """Scales searched for the least squared weight error, round to nearest."""
 
     name: str = field(default="search", init=False)
@@ -118,7 +145,7 @@ class ScaleSearch:
 
 
 @dataclass(frozen=True, slots=True)
-class Learned(_Whole):
+class Learned(Rounding):
     """Codes learned from the nearest ones on; needs the whole weight.
 
     Attributes:
@@ -134,7 +161,7 @@ class Learned(_Whole):
 
 
 @dataclass(frozen=True, slots=True)
-class FromStatistics(_Whole):
+class FromStatistics(Rounding):
     """Codes of least output error, by statistics that were collected before.
 
     Attributes:
@@ -148,6 +175,13 @@ class FromStatistics(_Whole):
     options: DataAware
     name: str
     turbo: bool = False
+
+    @property
+    def uses_data(self) -> bool:
+        return True
+
+    def needs(self, shape: tuple[int, ...]) -> Mapping[str, int]:
+        return {"hadamard": math.prod(shape), "hessian": shape[1], "ldlq": shape[1]}
 
     def round(self, given: LayerWeight) -> Rounded:
         file = self.path.stat()
@@ -167,7 +201,7 @@ class FromStatistics(_Whole):
 
 
 @dataclass(frozen=True, slots=True)
-class FromStore(_Whole):
+class FromStore(Rounding):
     """Codes that were found while the model was run block by block.
 
     Attributes:
@@ -177,6 +211,17 @@ class FromStore(_Whole):
 
     folder: Path
     name: str
+
+    @property
+    def uses_data(self) -> bool:
+        return True
+
+    @property
+    def waits_for_codes(self) -> bool:
+        return True
+
+    def with_codes_in(self, folder: Path) -> Rounding:
+        return replace(self, folder=folder)
 
     def round(self, given: LayerWeight) -> Rounded:
         return Rounded(_store(self.folder).get(given.layer))

@@ -6,7 +6,7 @@ needs the whole weight gets it as one piece.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,9 @@ from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.quant_types import TENSOR
 from qwodel.algorithms.scales import absmax_scale, nearest_codes
 from qwodel.checkpoint.files.dtypes import torch_dtype
-from qwodel.checkpoint.files.output_tensor import OutputTensor, Role
 from qwodel.checkpoint.files.slabs import row_slabs
-from qwodel.checkpoint.formats.packed_int8 import pack_int8
-from qwodel.checkpoint.formats.storage_format import StorageFormat
-from qwodel.checkpoint.rounding.methods import LayerWeight, Nearest, Rounded
+from qwodel.checkpoint.formats.codec import Codec
+from qwodel.checkpoint.rounding.methods import LayerWeight, Rounded
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.exceptions import ConversionError, ValidationError
 
@@ -60,7 +58,7 @@ def in_slabs(plan: TensorPlan) -> bool:
         return True
     if plan.format.mixes_rows:
         return False
-    return isinstance(plan.rounding, Nearest) or plan.rounding.rows_apart(plan.format.granularity)
+    return plan.rounding.rows_apart(plan.format.granularity)
 
 
 def plan_slabs(plan: TensorPlan, elements: int) -> Iterator[tuple[int, int]]:
@@ -71,7 +69,7 @@ def plan_slabs(plan: TensorPlan, elements: int) -> Iterator[tuple[int, int]]:
     elif plan.action is Action.QUANTIZE and plan.format:
         granularity = plan.format.granularity
         yield from row_slabs(shape, granularity.block_rows or 1, elements)
-        if granularity == TENSOR and isinstance(plan.rounding, Nearest):
+        if granularity == TENSOR and plan.rounding and plan.rounding.is_nearest:
             # A pass for the scale, one for the codes: a second read is cheaper than fresh memory.
             yield from row_slabs(shape, elements=elements)
     else:
@@ -89,7 +87,7 @@ def compute_tensor(
         yield from _in_place(plan.outputs[0].name, pieces)
     elif plan.action is Action.CAST and plan.format:
         yield from _in_place(plan.outputs[0].name, _cast(plan, plan.format, _on(device, pieces)))
-    elif plan.action is Action.QUANTIZE and plan.format and isinstance(plan.rounding, Nearest):
+    elif plan.action is Action.QUANTIZE and plan.format and plan.rounding and plan.rounding.is_nearest:
         yield from _nearest(plan, plan.format, _rotated(plan, _on(device, pieces)))
     elif plan.action is Action.QUANTIZE and plan.format and plan.rounding:
         # Sums in these methods depend on the number of threads, and results must not.
@@ -124,7 +122,7 @@ def _in_place(target: str, pieces: Iterator[torch.Tensor]) -> Iterator[Write]:
         place += piece.nbytes
 
 
-def _cast(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _cast(plan: TensorPlan, wanted: Codec, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     dtype = torch_dtype(wanted.cast_to or plan.outputs[0].dtype)
     for rows in pieces:
         cast = rows.to(dtype)
@@ -136,23 +134,21 @@ def _cast(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Tensor
         yield cast
 
 
-def _nearest(plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Tensor]) -> Iterator[Write]:
+def _nearest(plan: TensorPlan, wanted: Codec, pieces: Iterator[torch.Tensor]) -> Iterator[Write]:
     assert wanted.quant_type is not None
-    codes, scale = _by_role(plan.outputs)
+    places = _Places(plan)
     shared = None
     if wanted.granularity == TENSOR:
         shared = _tensor_scale(wanted, pieces, plan.source.shape[0])
-    scales, place = [], 0
+    scales = []
     for rows in pieces:
         part = absmax_scale(rows, wanted.quant_type, wanted.granularity) if shared is None else shared
-        done = nearest_codes(rows, part, wanted.quant_type, wanted.granularity)
         scales.append(part)
-        yield Write(codes.name, _as_stored(done, codes), place)
-        place += done.nbytes
-    yield Write(scale.name, shared if shared is not None else torch.cat(scales))
+        yield from places.codes(nearest_codes(rows, part, wanted.quant_type, wanted.granularity))
+    yield from places.scales(shared if shared is not None else torch.cat(scales))
 
 
-def _tensor_scale(wanted: StorageFormat, pieces: Iterator[torch.Tensor], count: int) -> torch.Tensor:
+def _tensor_scale(wanted: Codec, pieces: Iterator[torch.Tensor], count: int) -> torch.Tensor:
     """The whole tensor's absmax scale, from the pieces of its first ``count`` rows."""
     assert wanted.quant_type is not None
     scales = []
@@ -167,27 +163,43 @@ def _tensor_scale(wanted: StorageFormat, pieces: Iterator[torch.Tensor], count: 
 
 
 def _round(
-    plan: TensorPlan, wanted: StorageFormat, pieces: Iterator[torch.Tensor]
+    plan: TensorPlan, wanted: Codec, pieces: Iterator[torch.Tensor]
 ) -> Generator[Write, None, Measured]:
-    codes, scale = _by_role(plan.outputs)
-    scales, place, error, report = [], 0, 0.0, None
+    places = _Places(plan)
+    scales, error, report = [], 0.0, None
     for rows in pieces:
         rounded = _round_rows(plan, wanted, rows)
         done, report = rounded.codes, rounded.report
         error += float((rows.float() - done.dequantize()).double().square().sum())
         scales.append(done.scale)
-        yield Write(codes.name, _as_stored(done.codes, codes), place)
-        place += done.codes.nbytes
-    yield Write(scale.name, scales[0] if len(scales) == 1 else torch.cat(scales))
+        yield from places.codes(done.codes)
+    yield from places.scales(scales[0] if len(scales) == 1 else torch.cat(scales))
     return Measured(error, report)
 
 
-def _as_stored(codes: torch.Tensor, target: OutputTensor) -> torch.Tensor:
-    """INT8 codes as the bytes of their tensor: one each, or from 0 on and four to an int32."""
-    return pack_int8(codes) if target.dtype == "I32" else codes
+class _Places:
+    """Where the parts of one weight go: codes of rows one after another, scales at the end."""
+
+    def __init__(self, plan: TensorPlan) -> None:
+        if plan.storage is None:
+            raise ConversionError("nothing says how its codes are stored")
+        self._codec, self._dialect = plan.storage.codec, plan.storage.dialect
+        self._names = {tensor.local: tensor.name for tensor in plan.outputs}
+        self._filled = dict.fromkeys(self._names, 0)
+
+    def codes(self, codes: torch.Tensor) -> Iterator[Write]:
+        return self._writes(self._codec.encode_codes(codes, self._dialect))
+
+    def scales(self, scale: torch.Tensor) -> Iterator[Write]:
+        return self._writes(self._codec.encode_scales(scale, self._dialect))
+
+    def _writes(self, parts: Mapping[str, torch.Tensor]) -> Iterator[Write]:
+        for local, data in parts.items():
+            yield Write(self._names[local], data, self._filled[local])
+            self._filled[local] += data.nbytes
 
 
-def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> Rounded:
+def _round_rows(plan: TensorPlan, wanted: Codec, rows: torch.Tensor) -> Rounded:
     assert wanted.quant_type is not None
     assert plan.rounding is not None
     layer = plan.name.removesuffix(".weight")
@@ -199,8 +211,3 @@ def _round_rows(plan: TensorPlan, wanted: StorageFormat, rows: torch.Tensor) -> 
             f"{plan.rounding.name} returned {done.quant_type} with {done.granularity} scales"
         )
     return rounded
-
-
-def _by_role(outputs: Sequence[OutputTensor]) -> tuple[OutputTensor, OutputTensor]:
-    found = {tensor.role: tensor for tensor in outputs}
-    return found[Role.CODES], found[Role.SCALE]

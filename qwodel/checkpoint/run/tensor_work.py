@@ -7,7 +7,6 @@ order and yields writes, and writes may be carried out later.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from qwodel.algorithms.determinism import compute_threads
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.files.slabs import CACHED_ELEMENTS, SLAB_ELEMENTS
 from qwodel.checkpoint.files.writer import FilePlan, PlannedWriter
-from qwodel.checkpoint.rounding.methods import FromStatistics
 from qwodel.checkpoint.run.tensor_compute import Measured, Write, compute_tensor, in_slabs, plan_slabs
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
@@ -99,12 +97,7 @@ class TensorWorker:
 
     def needs(self, plan: TensorPlan) -> Mapping[str, int]:
         """Return sizes that grow with the weight, by the names of streaming thresholds; none for slabs of rows."""
-        if in_slabs(plan):
-            return {}
-        needs = {"hadamard": math.prod(plan.source.shape)}
-        if isinstance(plan.rounding, FromStatistics):
-            needs |= {"hessian": plan.source.shape[1], "ldlq": plan.source.shape[1]}
-        return needs
+        return {} if in_slabs(plan) or plan.rounding is None else plan.rounding.needs(plan.source.shape)
 
     def read(self, plan: TensorPlan) -> Iterator[torch.Tensor]:
         """Yield what :meth:`compute` will want of the source, in that order, in memory of its own."""

@@ -19,12 +19,10 @@ from qwodel.checkpoint.files.dtypes import torch_dtype
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.files.slabs import row_slabs
 from qwodel.checkpoint.plan.plan import Plan
-from qwodel.checkpoint.rounding.methods import Nearest
 from qwodel.checkpoint.run.convert import Conversion
 from qwodel.checkpoint.run.executor import Executor, SerialExecutor
 from qwodel.checkpoint.run.tensor_work import weight_rows
 from qwodel.checkpoint.source.dequantize_sources import resolve_sources
-from qwodel.checkpoint.source.source_decoders import QuipDecoder, RotatedDecoder, ScaledDecoder
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.exceptions import IntegrityError
 from qwodel.model_config import read_config
@@ -36,6 +34,7 @@ _COMPARE_BYTES = 8 << 20
 _MEASURE_ELEMENTS = 1 << 17  # a slab's temporaries stay in a core's cache
 _AGREEMENT_DB = 0.01
 _SUBNORMAL = 1e-44  # fp32 has steps of 1.4e-45 there, however small the scale
+_MERGE_SLACK = 1e-5
 _SMALL = 1e-25  # below, squares may have vanished in fp32
 
 
@@ -170,17 +169,14 @@ class _Verifier:
     def _measure(self, check: _Check) -> LayerQuality:
         plan = check.plan
         decoded = self._decoded.get(plan.name)
-        decoder = None if decoded is None else decoded.decoder
-        basis, whole = None, False
-        if isinstance(decoder, RotatedDecoder | QuipDecoder):
-            # Rotations keep lengths: the error is measured where the codes are, before it is turned back.
-            basis = decoder.basis(self._output)
-            whole = isinstance(decoder, QuipDecoder)
-            decoder = decoder.rotated
-        if not isinstance(decoder, ScaledDecoder):
+        if decoded is None or decoded.decoder is None or decoded.decoder.scaled is None:
             raise IntegrityError(f"{plan.name!r} cannot be decoded from what was written")
+        # Rotations keep lengths: the error is measured where the codes are, before it is turned back.
+        basis, whole = decoded.decoder.basis(self._output), decoded.decoder.whole
+        decoder = decoded.decoder.scaled
         multiple = decoder.block[0] if decoder.block[0] < plan.source.shape[0] else 1
         signal, noise, worst = 0.0, 0.0, 0.0
+        nearest = plan.rounding is not None and plan.rounding.is_nearest
         factors = decoder.factors(self._output)
         slabs = row_slabs(plan.source.shape, multiple, _MEASURE_ELEMENTS)
         for start, stop in [(0, plan.source.shape[0])] if whole else slabs:
@@ -195,10 +191,10 @@ class _Verifier:
             turned = None if basis is None else basis.restore(error)
             peaks = error.abs_().amax(dim=1, keepdim=True)
             worst = max(worst, float(peaks.amax() if turned is None else turned.abs().amax()))
-            if isinstance(plan.rounding, Nearest):
+            if nearest:
                 _check_bound(plan, codes, scale, error, peaks)
         sqnr = _decibels(signal, noise)
-        if not isinstance(plan.rounding, Nearest):
+        if not nearest:
             _check_reported(check, signal, sqnr)
         rounding = plan.rounding.name if plan.rounding else ""
         return LayerQuality(
@@ -247,22 +243,12 @@ def _check_bound(
         sizes: ``|W−Ŵ|``; overwritten.
         peaks: the largest of each row.
     """
-    quant_type = plan.format.quant_type if plan.format else None
-    if quant_type is None:
+    if plan.format is None or not plan.format.quantizes:
         return
-    # What fp32 division and product add grows with the code; a merge summed in another order adds more.
-    merged = 1e-5 * quant_type.qmax if plan.loras else 0.0
-    if not quant_type.is_float:
-        allowed = scale * (0.5 + 2e-6 * quant_type.qmax + merged)
-        # Where a row has one scale, its largest error speaks for all of them.
-        excess = peaks - allowed if scale.ndim == 0 or scale.shape[1] == 1 else sizes.sub_(allowed)
-    else:
-        # Clearing an fp32's sign and mantissa bits leaves the power of two below it.
-        codes.view(torch.int32).bitwise_and_(0x7F800000)
-        power = codes.clamp_(min=2.0**quant_type.min_exponent)
-        half_step = 2.0 ** (-quant_type.mantissa_bits - 1) * (1 + 6e-5)
-        steps = power.mul_(half_step).add_(merged).mul_(scale) if merged else power.mul_(scale * half_step)
-        excess = sizes.sub_(steps)
+    # A merge that was summed in another order adds more.
+    allowed = plan.format.bound(codes, scale, _MERGE_SLACK if plan.loras else 0.0)
+    # Where a row has one bound, its largest error speaks for all of them.
+    excess = peaks - allowed if allowed.ndim == 0 or allowed.shape[1] == 1 else sizes.sub_(allowed)
     if not float(excess.amax()) <= _SUBNORMAL:  # NaN too
         raise IntegrityError(f"{plan.name!r} holds codes that are not the nearest to its weights")
 

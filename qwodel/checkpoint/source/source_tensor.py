@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwodel.checkpoint.files.dtypes import FLOAT_DTYPES
-from qwodel.checkpoint.source.source_decoders import PlainDecoder, RowDecoder
+from qwodel.checkpoint.formats.cast import PlainDecoder
+from qwodel.checkpoint.formats.codec import RowDecoder
 
 __all__ = ["SourceTensor", "Sources"]
 
