@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qwodel.calibration.texts import local_path
 from qwodel.exceptions import ConfigurationError, QuantizationError
 
 __all__ = ["TOOLS", "application", "export_int8_model", "generate_act_scales", "main_of", "ppl_eval"]
@@ -172,7 +173,7 @@ def _check_suffix(path: Path) -> None:
 
 
 def _dataset(name: str, config: str | None) -> str:
-    if config is None or Path(name).exists():
+    if config is None or local_path(name) is not None:
         return name
     return config if config.casefold() in ("wikitext-2", "wikitext-103") else f"{name}:{config}"
 

@@ -32,6 +32,7 @@ from qwodel.smoothquant.int8_loading import (
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import quantizable_layers
 from qwodel.smoothquant.stacked_experts import stacked_experts
+from qwodel.untrusted import checked_path, kind_of
 
 __all__ = ["Int8ForCausalLM", "local_folder"]
 
@@ -191,10 +192,11 @@ def local_folder(model_id: str, revision: str | None = None, token: str | None =
     Raises:
         ValidationError: it is not there.
     """
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
+    folder = checked_path(model_id)
+    kind = kind_of(folder)
+    if kind == "directory":
         return folder
-    if folder.exists() or not looks_like_hub_id(model_id):
+    if kind or not looks_like_hub_id(model_id):
         raise ValidationError(
             f"{model_id} is no model directory", hint="give a directory or a hub id (owner/name)"
         )
