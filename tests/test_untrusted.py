@@ -150,12 +150,12 @@ def test_only_regular_files_are_opened_and_nothing_waits(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for what, path in _special(Path()).items():
-        start = time.process_time()
+        start = time.monotonic()
         with pytest.raises(
             CalibrationError, match=r"no usable path|does not exist|cannot be read|not a file"
         ):
             open_regular(path, error=CalibrationError)
-        assert time.process_time() - start < 1, what
+        assert time.monotonic() - start < 10, what
     good = tmp_path / "good"
     good.write_bytes(b"abc")
     assert open_regular(good).read() == b"abc"

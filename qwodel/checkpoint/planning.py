@@ -22,6 +22,7 @@ from qwodel.checkpoint.storage_format import StorageFormat
 from qwodel.checkpoint.transformers_layout import TransformersLayout, config_bytes
 from qwodel.checkpoint.writer import FilePlan, index_bytes, pack_files
 from qwodel.exceptions import ConfigurationError, ValidationError
+from qwodel.untrusted import checked_path
 
 __all__ = ["build_plan"]
 
@@ -40,7 +41,7 @@ def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
         ConfigurationError: the layout cannot express the format.
         IntegrityError: a file is damaged.
     """
-    source = Path(source)
+    source = checked_path(source)
     directory = ModelDirectory.of(source)
     if isinstance(layout, TransformersLayout) and directory.config is None:
         raise ConfigurationError(
