@@ -18,6 +18,7 @@ from qwodel.checkpoint.verify import LayerQuality, verify
 from qwodel.exceptions import ValidationError
 from qwodel.int8.recipe import Int8Arguments
 from qwodel.output import StagedOutput, disk_errors, require_space
+from qwodel.untrusted import checked_path, kind_of
 
 __all__ = ["Int8Conversion", "convert_to_int8", "plan_int8"]
 
@@ -149,9 +150,9 @@ def convert_to_int8(
         ResourceError: the disk is full.
     """
     arguments = Int8Arguments.of(locals())
-    target = Path(output_file)
+    target = checked_path(output_file)
     executor = executor_for(arguments.device(), arguments.workers(), arguments.streaming())
-    plan = _plan(Path(input_file), target, arguments)
+    plan = _plan(checked_path(input_file), target, arguments)
     log.info("model family: %s", plan.family)
     with StagedOutput(target, overwrite=True) as output, disk_errors(f"writing {target.name}"):
         require_space(output.scratch, plan.output_bytes, f"making {target.name}")
@@ -183,10 +184,13 @@ def plan_int8(*args: Any, **kwargs: Any) -> Plan:
     bound = inspect.signature(convert_to_int8).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    return _plan(Path(given["input_file"]), Path(given["output_file"]), Int8Arguments.of(given))
+    return _plan(
+        checked_path(given["input_file"]), checked_path(given["output_file"]), Int8Arguments.of(given)
+    )
 
 
 def _plan(source: Path, target: Path, arguments: Int8Arguments) -> Plan:
+    kind_of(source)  # before a loop of links is followed
     if source.resolve() == target.resolve():
         raise ValidationError(f"{target} is the input itself", hint="choose another output_file")
     return build_plan(source, arguments.recipe(), arguments.layout())
