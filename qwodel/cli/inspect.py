@@ -27,10 +27,10 @@ def inspect(
     """Show architecture, parameters, dtypes and size; reads headers only, downloads no weights."""
     from qwodel.cli.report import human_bytes, print_json, print_table, say
     from qwodel.hub import HubModel, looks_like_hub_id
-    from qwodel.paths import exists, user_path
     from qwodel.source import inspect_source
+    from qwodel.untrusted import checked_path, kind_of
 
-    if looks_like_hub_id(model) and not exists(user_path(model)):
+    if looks_like_hub_id(model) and kind_of(checked_path(model)) is None:
         facts: dict[str, Any] = HubModel(model, revision, token).describe()
         listed: list[dict[str, Any]] = facts.pop("tensor_list")
     else:
