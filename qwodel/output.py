@@ -14,13 +14,12 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from qwodel.exceptions import QuantizationError, ResourceError, ValidationError
-from qwodel.hashes import hash_outputs, manifest_beside
+from qwodel.hashes import OutputHashes, manifest_beside
 from qwodel.leftovers import SCRATCH, make_staging, remove_abandoned
 from qwodel.report import json_text
 
@@ -55,6 +54,7 @@ class StagedOutput:
         self.overwrite = overwrite
         self._created: list[Path] = []
         self._lock: int | None = None
+        self._hashes: OutputHashes | None = None
 
     def __enter__(self) -> StagedOutput:
         folder = self.final.parent
@@ -102,6 +102,10 @@ class StagedOutput:
         """Whether somebody removed the place during the run."""
         return not self._staging.is_dir()
 
+    def written(self) -> None:
+        """Say that the artefact is there: it is hashed while it is being read back."""
+        self._hashes = OutputHashes(self.path)
+
     def publish(self, manifest: Mapping[str, Any]) -> Path:
         """Sync the artefact and its manifest to disk and move them to their place.
 
@@ -135,11 +139,12 @@ class StagedOutput:
         return self.final
 
     def _synced_and_hashed(self) -> dict[str, dict[str, Any]]:
-        """Hash the artefact while the disk is busy with it."""
-        with ThreadPoolExecutor(1) as pool:
-            hashes = pool.submit(hash_outputs, self.path)
-            _sync(self.path)
-            return hashes.result()
+        """Force the artefact to disk, with the rest of the hashing meanwhile."""
+        if self._hashes is None:
+            self.written()
+        assert self._hashes is not None
+        _sync(self.path)
+        return self._hashes.result()
 
     def _check_name(self) -> None:
         """Refuse a name that the file system could not hold, before any work."""
@@ -168,6 +173,8 @@ class StagedOutput:
         self._created = missing
 
     def _clean(self) -> None:
+        if self._hashes is not None:
+            self._hashes.stop()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

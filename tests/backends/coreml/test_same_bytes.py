@@ -38,5 +38,5 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path, name: str) -> None:
     loaded = ct.models.MLModel(str(package), skip_model_load=True)
     assert loaded.user_defined_metadata["qwodel.format"] == name
     assert not any("date" in key for key in loaded.user_defined_metadata)
-    everybody = [path for path in package.rglob("*") if path.stat().st_mode & 0o044 != 0o044]
-    assert not everybody
+    # Who may read one file of it may read all.
+    assert len({path.stat().st_mode & 0o044 for path in package.rglob("*")}) == 1
