@@ -71,7 +71,14 @@ def _started(model: Path, out: Path, *before: str) -> subprocess.Popen[str]:
         *before, *QWODEL, "quantize", str(model), "-b", "int8", "-f", "int8_row", "-o", str(out),
         "-O", "optimizer=original", "-O", "num_iter=100000",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that put the tests into the background has these ignored.
+    heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in heard],
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "quantize" in line and list(out.glob(".qwodel-*/model-int8_row.safetensors")):
