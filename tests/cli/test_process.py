@@ -213,6 +213,19 @@ def test_names_from_files_reach_no_terminal_raw(
     assert not _raw(done.stdout + done.stderr)
 
 
+def test_log_lines_are_safe() -> None:
+    program = (
+        "import logging\n"
+        "from qwodel.process import prepare_process\n"
+        "prepare_process()\n"
+        f"logging.getLogger('toolchain').warning('%s', {HOSTILE!r} + chr(10) + 'error: forged')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not _raw(done.stderr)
+    assert done.stderr.splitlines()[0].startswith("WARNING toolchain: [/nope]\\x1b]0;owned")
+    assert done.stderr.splitlines()[1] == "  error: forged"
+
+
 def test_json_stays_exact(hostile: Path) -> None:
     done = subprocess.run(
         [*QWODEL, "inspect", str(hostile), "--tensors", "--json"], capture_output=True, check=True
