@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from qwodel.exceptions import IntegrityError
+from qwodel.exceptions import IntegrityError, ValidationError
 
 __all__ = [
     "FileHashes",
@@ -92,12 +92,15 @@ class SourceFiles:
     Args:
         weights: files whose hashes the manifest has.
         beside: configuration and side files, which are read or copied.
+
+    Raises:
+        ValidationError: one of them is not there.
     """
 
     def __init__(self, weights: Iterable[Path], beside: Iterable[Path] = ()) -> None:
         self.weights = tuple(weights)
         # Their states come first: a file that changes while it is hashed differs from its state at the end.
-        self._states = {path: FileState.of(path) for path in (*self.weights, *beside)}
+        self._states = {path: _state(path) for path in (*self.weights, *beside)}
         self.hashes = FileHashes(self.weights)
 
     def __enter__(self) -> SourceFiles:
@@ -132,6 +135,13 @@ class SourceFiles:
                     f"{path} {what} while it was being quantized, so nothing was published",
                     hint="run again when nothing writes to the model's folder any more",
                 )
+
+
+def _state(path: Path) -> FileState:
+    try:
+        return FileState.of(path)
+    except OSError as error:
+        raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 class OutputHashes:
