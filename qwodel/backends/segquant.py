@@ -201,6 +201,7 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
         )
         progress.update(1, 1, "writing")
         job.report |= denoiser.save(job.output.path, max_shard_size=options.max_shard_size)
+        job.output.written()
         progress.stage("verify", "reading the files back")
         denoiser.read_back(job.output.path)
 

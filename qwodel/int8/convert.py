@@ -165,6 +165,7 @@ def convert_to_int8(
     ):
         require_space(output.scratch, plan.output_bytes, f"making {target.name}")
         conversion = convert(plan, output.path, executor=executor)
+        output.written()
         quality = verify(conversion, executor=make_executor(arguments.workers()))
         report = {
             "input": str(input_file),
