@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qwodel.checkpoint.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -42,7 +42,7 @@ def inspect(
         facts: dict[str, Any] = HubModel(model, revision, token).describe()
         listed: list[dict[str, Any]] = facts.pop("tensor_list")
     else:
-        manifest = _manifest(user_path(model), verify)
+        manifest = _manifest(checked_path(model), verify)
         source = inspect_source(model)
         facts = source.describe() | manifest
         listed = [{"name": n, "dtype": t.dtype, "shape": list(t.shape)} for n, t in source.tensors.items()]

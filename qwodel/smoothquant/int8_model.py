@@ -75,7 +75,7 @@ class Int8ForCausalLM(nn.Module):
         Raises:
             ValidationError: it is not there, not quantized to INT8 W8A8, or of another model type.
             ConversionError: tensors are missing or do not fit.
-            DependencyError: transformers or accelerate is not installed.
+            DependencyError: transformers is not installed.
         """
         folder = local_folder(str(model_id), revision, token)
         config = config_of(folder)
