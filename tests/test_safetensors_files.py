@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.exceptions import IntegrityError, ValidationError
 from qwodel.safetensors_files import checkpoint_files, read_header, read_index
 from qwodel.source import inspect_source

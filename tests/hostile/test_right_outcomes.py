@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from qwodel.checkpoint.plan.layer_config import LayerConfig
-from qwodel.checkpoint.rounding.statistics import StatisticsFile
 from safetensors.torch import save_file
 
 from qwodel import quantize
 from qwodel.backends.gguf.imatrix import ImatrixEntry, ImportanceMatrix, read_imatrix, write_imatrix
 from qwodel.checkpoint.lora.merge import load_lora_for_merging
+from qwodel.checkpoint.plan.layer_config import LayerConfig
+from qwodel.checkpoint.rounding.statistics import StatisticsFile
 from qwodel.exceptions import (
     CalibrationError,
     ConfigurationError,

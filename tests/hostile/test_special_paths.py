@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from qwodel.checkpoint.plan.layer_config import load_layer_config
-from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.rounding.statistics import StatisticsFile
-from qwodel.checkpoint.source.weights import read_weights
 
 from qwodel import Quantizer, quantize
 from qwodel.backends.gguf.imatrix import read_imatrix
 from qwodel.calibration.texts import load_texts
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.lora.merge import load_lora_for_merging
+from qwodel.checkpoint.plan.layer_config import load_layer_config
+from qwodel.checkpoint.rounding.statistics import StatisticsFile
+from qwodel.checkpoint.source.weights import read_weights
 from qwodel.exceptions import QuantizationError
 from qwodel.gguf_header import read_gguf_header
 from qwodel.int8 import convert_to_int8
