@@ -263,9 +263,9 @@ def kills(backend: str, count: int, scratch: Path, chance: random.Random) -> Tal
     """Kill ``count`` runs of one backend."""
     tally, log = Tally(), scratch / f"{backend}.log"
     options = options_of(backend, scratch)
-    model = str(scratch / ("pipeline" if backend == "segquant" else "model"))
+    kind = "pipeline" if backend == "segquant" else "model"
     request = {
-        "model": model,
+        "model": str(scratch / "older-models" / kind),
         "out": str(scratch / "older" / backend),
         "format": FORMATS[backend],
         "options": options,

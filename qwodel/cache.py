@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qwodel.paths import user_path
+from qwodel.untrusted import checked_path
 
 __all__ = ["cache_dir"]
 
@@ -18,5 +18,5 @@ def cache_dir() -> Path:
     """
     given = os.environ.get("QWODEL_CACHE")
     if given:
-        return user_path(given, "cache (QWODEL_CACHE)")
-    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache") / "qwodel"
+        return checked_path(given, "cache (QWODEL_CACHE)")
+    return checked_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache") / "qwodel"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import subprocess
 import tempfile
 import zipfile
@@ -21,6 +20,7 @@ from qwodel.children import child_environment, module_command
 from qwodel.exceptions import DependencyError
 from qwodel.extras import install_hint
 from qwodel.gguf_header import GGUFHeader, read_gguf_header
+from qwodel.process_state import MODEL_BUILDING, without_bars
 
 __all__ = ["DEMO_MODEL", "QUESTION", "demo_model"]
 
@@ -79,25 +79,26 @@ def _fetch(folder: Path) -> Path:
 
 
 def _dequantize(gguf: Path, target: Path) -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import torch
         from transformers import AutoModelForCausalLM, LlamaForCausalLM
-        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise DependencyError(
             "the demo model needs torch and transformers", hint=install_hint("gguf")
         ) from error
-    disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be turned off
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # One bar cannot be turned off, and standard error is the process's.
+    with MODEL_BUILDING, without_bars(), contextlib.redirect_stderr(io.StringIO()):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True
+        )
     config = loaded.config
     # A model that was loaded from a quantized file refuses to be saved; a fresh one does not.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     fresh = LlamaForCausalLM(config).to(torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(target)
+    with without_bars():
+        fresh.save_pretrained(target)
     _save_tokenizer(read_gguf_header(gguf), target)
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import psutil
+
 from qwodel.exceptions import ResourceError
 from qwodel.exhaustion import is_out_of_memory
 
@@ -72,11 +74,7 @@ def list_gpus() -> list[GPU]:
 
 def available_memory() -> int:
     """Return the bytes of main memory a process can still take (cgroup limits are respected on Linux)."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
-        available = int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = int(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text("ascii").strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text("ascii"))

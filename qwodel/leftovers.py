@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qwodel.hashes import describes, manifest_beside
 
-__all__ = ["LOCK", "SCRATCH", "make_staging", "remove_abandoned"]
+__all__ = ["LOCK", "SCRATCH", "finish", "make_staging", "remove_abandoned"]
 
 LOCK, SCRATCH = "lock", "scratch"
 _NAME = re.compile(r"\.qwodel-[0-9a-f]{12}")
@@ -50,7 +50,7 @@ def remove_abandoned(folder: Path) -> None:
             continue
         with contextlib.suppress(OSError), _taken(staging) as ours:
             if ours:
-                _finish(staging, folder)
+                finish(staging, folder)
                 shutil.rmtree(staging, ignore_errors=True)
             else:
                 _remove_unmarked(staging)
@@ -89,12 +89,13 @@ def _remove_unmarked(staging: Path) -> None:
     staging.rmdir()  # fails, and rightly, where anything is in it
 
 
-def _finish(staging: Path, folder: Path) -> None:
-    """Bring the artefact to its place where only half of its publication was done.
+def finish(staging: Path, folder: Path) -> None:
+    """Undo or complete a publication of which only half was done.
 
     A single file is published in two renames, manifest first: a manifest in its place that has the hash of
-    the file still here, and not of the one beside it, says that the second is missing. Without an exchange in
-    one step a directory in the way is first put aside: then nothing is in its place.
+    the file still here says that the second is missing. It is made where an older file would else lie beside
+    the wrong manifest; where there is none, the manifest goes. Without an exchange in one step a directory in
+    the way is first put aside: then nothing is in its place.
     """
     for child in sorted(staging.iterdir()):
         final = folder / child.name.removesuffix(".replaced")
@@ -102,7 +103,11 @@ def _finish(staging: Path, folder: Path) -> None:
             continue
         if child.is_file():
             manifest = manifest_beside(final)
-            if final.is_file() and describes(manifest, child) and not describes(manifest, final):
+            if not describes(manifest, child):
+                continue
+            if not os.path.lexists(final):
+                manifest.unlink()
+            elif final.is_file() and not describes(manifest, final):
                 child.replace(final)
         elif child.name.endswith(".replaced") and not os.path.lexists(final):
             whole = staging / final.name

@@ -14,14 +14,13 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from qwodel.exceptions import QuantizationError, ResourceError, ValidationError
-from qwodel.hashes import hash_outputs, manifest_beside
-from qwodel.leftovers import SCRATCH, make_staging, remove_abandoned
+from qwodel.hashes import OutputHashes, manifest_beside
+from qwodel.leftovers import LOCK, SCRATCH, finish, make_staging, remove_abandoned
 from qwodel.report import json_text
 
 __all__ = ["StagedOutput", "disk_errors", "require_space", "size_of"]
@@ -55,6 +54,8 @@ class StagedOutput:
         self.overwrite = overwrite
         self._created: list[Path] = []
         self._lock: int | None = None
+        self._hashes: OutputHashes | None = None
+        self._publishing = False
 
     def __enter__(self) -> StagedOutput:
         folder = self.final.parent
@@ -102,6 +103,10 @@ class StagedOutput:
         """Whether somebody removed the place during the run."""
         return not self._staging.is_dir()
 
+    def written(self) -> None:
+        """Say that the artefact is there: it is hashed while it is being read back."""
+        self._hashes = OutputHashes(self.path)
+
     def publish(self, manifest: Mapping[str, Any]) -> Path:
         """Sync the artefact and its manifest to disk and move them to their place.
 
@@ -127,22 +132,27 @@ class StagedOutput:
                 _sync(self.path, deep=False)
             else:
                 # The artefact's own rename is what publishes; the manifest goes first. Were this the end,
-                # the manifest's hashes would tell, and the next run would take the second step.
+                # the manifest's hashes would tell, and cleaning or the next run would take the second step.
+                self._publishing = True
                 aside.replace(self.manifest_path)
             _move(self.path, self.final)
+            self._publishing = False
             _sync(self.final.parent, deep=False)
         self._created.clear()
         return self.final
 
     def _synced_and_hashed(self) -> dict[str, dict[str, Any]]:
-        """Hash the artefact while the disk is busy with it."""
-        with ThreadPoolExecutor(1) as pool:
-            hashes = pool.submit(hash_outputs, self.path)
-            _sync(self.path)
-            return hashes.result()
+        """Force the artefact to disk, with the rest of the hashing meanwhile."""
+        if self._hashes is None:
+            self.written()
+        assert self._hashes is not None
+        _sync(self.path)
+        return self._hashes.result()
 
     def _check_name(self) -> None:
-        """Refuse a name that the file system could not hold, before any work."""
+        """Refuse a name that the file system could not hold, or that is taken here, before any work."""
+        if self.final.name in (LOCK, SCRATCH):
+            raise ValidationError(f"an output cannot be called {self.final.name}", hint="choose another name")
         longest = max(len(os.fsencode(name)) for name in (self.final.name, manifest_beside(self.final).name))
         existing = next((each for each in self.final.parents if each.exists()), Path("/"))
         limit = 255
@@ -168,6 +178,11 @@ class StagedOutput:
         self._created = missing
 
     def _clean(self) -> None:
+        if self._hashes is not None:
+            self._hashes.stop()
+        if self._publishing:
+            with contextlib.suppress(OSError):
+                finish(self._staging, self.final.parent)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -180,8 +195,9 @@ class StagedOutput:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename ``source`` over ``target``; a directory in the way is exchanged in one step, then removed."""
-    if not (target.is_dir() and not target.is_symlink()):
+    """Rename ``source`` over ``target``; what a rename cannot replace is exchanged in one step, then removed."""
+    directories = source.is_dir() or (target.is_dir() and not target.is_symlink())
+    if not (directories and os.path.lexists(target)):
         source.replace(target)
         return
     if not _exchange(source, target):
@@ -189,7 +205,10 @@ def _move(source: Path, target: Path) -> None:
         target.rename(aside)
         source.rename(target)
         source = aside
-    shutil.rmtree(source, ignore_errors=True)
+    if source.is_dir() and not source.is_symlink():
+        shutil.rmtree(source, ignore_errors=True)
+    else:
+        source.unlink(missing_ok=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:

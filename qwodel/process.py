@@ -19,13 +19,14 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def prepare_process() -> None:
-    """Make streams, signals and children's module path what every verb can rely on."""
+    """Make streams, signals, log and children's module path what every verb can rely on."""
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what an encoding lacks is escaped, and does not stop a run
             stream.reconfigure(errors="backslashreplace")
     forget_present_folder()
     _Interruption().install()
+    log_to_terminal(logging.WARNING)
 
 
 def ignore_interruptions() -> None:
@@ -74,9 +75,12 @@ class _Interruption:
 
 def log_to_terminal(level: int) -> None:
     """Log to standard error from ``level`` on, with what files say in messages made safe to show."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_SafeFormatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    root = logging.getLogger()
+    root.setLevel(level)
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+        root.addHandler(handler)
 
 
 class _SafeFormatter(logging.Formatter):

@@ -9,9 +9,9 @@ from typing import Any
 from qwodel.backends import backend_names, is_available, load_backend
 from qwodel.backends.base import DryRun, Result
 from qwodel.hub import HubModel, looks_like_hub_id
-from qwodel.paths import exists, user_path
 from qwodel.progress import Progress, ProgressCallback
 from qwodel.source import ModelSource, inspect_source
+from qwodel.untrusted import checked_path, kind_of
 
 __all__ = ["Quantizer", "quantize"]
 
@@ -50,7 +50,7 @@ class Quantizer:
         self._backend = adapter()
         self._options = adapter.parse_options(backend_kwargs)
         self.model_path = os.fspath(model_path)
-        self.output_dir = user_path(output_dir, "output directory")
+        self.output_dir = checked_path(output_dir, "output directory")
         self._callback = progress_callback
         self._result: Result | None = None
         self._source = self._inspect_local()
@@ -139,7 +139,7 @@ class Quantizer:
         return {name: _descriptions(name) for name in backend_names() if is_available(name)}
 
     def _inspect_local(self) -> ModelSource | None:
-        if looks_like_hub_id(self.model_path) and not exists(user_path(self.model_path)):
+        if looks_like_hub_id(self.model_path) and kind_of(checked_path(self.model_path)) is None:
             return None
         source = inspect_source(self.model_path)
         self._backend.check_source(source)

@@ -9,21 +9,19 @@ are :mod:`qwodel.hub`'s, which downloads them to a directory first.
 from __future__ import annotations
 
 import os
-import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwodel.exceptions import IntegrityError, ValidationError
+from qwodel.exceptions import ValidationError
 from qwodel.gguf_header import read_gguf_header
 from qwodel.model_config import read_config
-from qwodel.paths import user_path
-from qwodel.safetensors_files import check_index, checkpoint_files, find_index, read_header, read_index
+from qwodel.safetensors_files import check_index, find_index, read_header, read_index
 from qwodel.torch_pickle import read_pickled_tensors
-from qwodel.untrusted import foreign_errors, kind_of, open_regular
+from qwodel.untrusted import checked_path, kind_of
+from qwodel.weight_search import find_denoiser, find_weights
 
 __all__ = ["INPUT_FORMATS", "ModelSource", "TensorInfo", "inspect_source", "read_config"]
 
@@ -38,15 +36,6 @@ INPUT_FORMATS: Mapping[str, str] = {
 }
 """Kinds of input, as :attr:`ModelSource.input_format` names them."""
 
-_FILE_FORMATS = {
-    ".safetensors": "safetensors",
-    ".gguf": "gguf",
-    ".pt": "pytorch",
-    ".pth": "pytorch",
-    ".bin": "pytorch",
-    ".pt2": "exported",
-}
-_DENOISERS = ("transformer", "unet", "prior")
 _PROGRAMS = frozenset({"torchscript", "exported"})
 
 
@@ -119,13 +108,13 @@ def inspect_source(
         ValidationError: nothing is there, or nothing that holds weights.
         IntegrityError: a weight file is truncated or damaged.
     """
-    path = user_path(path, "model path")
+    path = checked_path(path, "model path")
     if kind_of(path) is None:
         raise ValidationError(
             f"{path} does not exist", hint="give a model directory, a model file or a hub id (owner/name)"
         )
-    denoiser = _denoiser(path)
-    kind, files = _find_weights(denoiser or path)
+    denoiser = find_denoiser(path)
+    kind, files = find_weights(denoiser or path)
     if denoiser is not None:
         kind = "diffusers"
     config = read_config(denoiser or path) if path.is_dir() else {}
@@ -147,86 +136,6 @@ def inspect_source(
         revision=revision,
         **facts,
     )
-
-
-def _denoiser(path: Path) -> Path | None:
-    """Return the folder of the model that a diffusers pipeline samples with, or ``None`` for anything else."""
-    if not path.is_dir() or kind_of(path / "model_index.json") != "file":
-        return None
-    return next((path / name for name in _DENOISERS if (path / name).is_dir()), None)
-
-
-def _find_weights(path: Path) -> tuple[str, list[Path]]:
-    if path.is_file():
-        kind = _FILE_FORMATS.get(path.suffix.lower())
-        if kind is None:
-            raise ValidationError(
-                f"{path} is no model file this library knows",
-                hint=f"known endings: {', '.join(_FILE_FORMATS)}",
-            )
-        return _program_kind(path) or kind, _splits(path) if kind == "gguf" else [path]
-    for suffix in (".safetensors", ".bin"):
-        files = [file for file in checkpoint_files(path, suffix) if _holds_weights(file)]
-        if files:
-            return "huggingface", files
-    content = _listed(path)
-    loose = [file for file in content if file.suffix in (".gguf", ".pt", ".pth", ".pt2")]
-    if len(loose) == 1 or (loose and loose == _splits(loose[0])):
-        return _program_kind(loose[0]) or _FILE_FORMATS[loose[0].suffix], loose
-    if loose:
-        raise ValidationError(
-            f"{path} holds several models: {', '.join(file.name for file in loose[:4])}",
-            hint="give the path of one of these files",
-        )
-    raise ValidationError(
-        f"{path} holds no model weights ({'it is empty' if not content else 'no .safetensors, .bin, .gguf or .pt'})",
-        hint="give the directory that has config.json and the weight files in it",
-    )
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise ValidationError(f"{folder} cannot be listed: {error.strerror}") from error
-
-
-def _program_kind(file: Path) -> str | None:
-    """Tell archives that hold code from those that hold tensors alone, by the names in them."""
-    if file.suffix.lower() not in (".pt", ".pth", ".pt2"):
-        return None
-    with open_regular(file) as stream, foreign_errors(f"{file} is damaged", error=IntegrityError):
-        if not zipfile.is_zipfile(stream):
-            return None
-        with zipfile.ZipFile(stream) as archive:
-            inner = {name.partition("/")[2] for name in archive.namelist()}
-    if any(name.startswith("code/") for name in inner):
-        return "torchscript"
-    return "exported" if "models/model.json" in inner else None
-
-
-def _splits(file: Path) -> list[Path]:
-    """Return every part of the split GGUF model ``file`` is part of (llama.cpp's naming), or itself."""
-    match = re.fullmatch(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", file.name, re.DOTALL)
-    if match is None:
-        return [file]
-    number, count = int(match[2]), int(match[3])
-    if not 1 <= number <= count:
-        raise ValidationError(f"{file} is named part {number} of {count}", hint="give it another name")
-    names = [f"{match[1]}-{part:05d}-of-{count:05d}.gguf" for part in range(1, count + 1)]
-    present = {other.name for other in _listed(file.parent)}
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise ValidationError(
-            f"{file} is one of {count} parts, and {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing",
-            hint="download the missing parts into the same folder",
-        )
-    return [file.with_name(name) for name in names]
-
-
-def _holds_weights(file: Path) -> bool:
-    # transformers' Trainer leaves these beside the weights.
-    return file.name not in ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 def _describe_tensors(folder: Path, files: list[Path], config: Mapping[str, Any]) -> dict[str, Any]:

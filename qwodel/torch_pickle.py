@@ -105,7 +105,7 @@ def read_pickled_tensors(path: str | os.PathLike[str]) -> dict[str, PickledTenso
 
 
 def _describe(file: BinaryIO) -> dict[str, PickledTensor]:
-    if zipfile.is_zipfile(file):
+    if _is_archive(file):
         data = _pickle_of_archive(file)
         return _flatten(_unpickler(data).load(), len(data))
     file.seek(0)
@@ -119,6 +119,13 @@ def _describe(file: BinaryIO) -> dict[str, PickledTensor]:
         unpickler.load()  # sizes of the writer's C types
         content = unpickler.load()
         return _flatten(content, unpickler.position)
+
+
+def _is_archive(file: BinaryIO) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except _BROKEN_ARCHIVE as error:  # one of several disks, say
+        raise DamagedPickleError(str(error)) from error
 
 
 def _pickle_of_archive(file: BinaryIO) -> bytes:

@@ -6,7 +6,9 @@ import logging
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
 from qwodel.exceptions import ResourceError
@@ -14,6 +16,7 @@ from qwodel.hardware import (
     GPU,
     CalibrationSizes,
     auto_sizes,
+    available_memory,
     headroom,
     is_out_of_memory,
     refine_batch,
@@ -177,3 +180,9 @@ print(held - resident())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 80_000_000
+
+
+def test_free_memory_is_less_than_there_is_and_more_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off Linux too, where there is neither /proc nor a cgroup."""
+    monkeypatch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+    assert 0 < available_memory() < psutil.virtual_memory().total

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwodel.exceptions import IntegrityError
-from qwodel.hashes import FileHashes, SourceFiles, check_outputs, describes, hash_outputs
+from qwodel.hashes import FileHashes, OutputHashes, SourceFiles, check_outputs, describes, hash_outputs
 
 
 def test_hashes_are_sha256(tmp_path: Path) -> None:
@@ -101,3 +101,15 @@ def test_what_is_no_manifest_describes_nothing(tmp_path: Path, text: str) -> Non
     (tmp_path / "m").write_bytes(b"x")
     (tmp_path / "m.manifest.json").write_text(text)
     assert not describes(tmp_path / "m.manifest.json", tmp_path / "m")
+
+
+def test_what_changes_after_it_was_hashed_is_hashed_again(tmp_path: Path) -> None:
+    for name in ("kept", "changed"):
+        (tmp_path / name).write_bytes(name.encode())
+    hashes = OutputHashes(tmp_path)
+    hashes._thread.join()
+    (tmp_path / "changed").write_bytes(b"other bytes")
+    (tmp_path / "added").write_bytes(b"added")
+    assert hashes.result() == hash_outputs(tmp_path)
+    assert set(hashes.result()) == {"kept", "changed", "added"}
+    hashes.stop()

@@ -227,6 +227,10 @@ def test_a_first_publication_that_was_cut_in_two_can_be_run_again(tmp_path: Path
     _killed_after(final, 1)
     assert (tmp_path / "m.manifest.json").is_file()
     assert not final.exists()
+    with StagedOutput(tmp_path / "another"):
+        pass
+    assert _files(tmp_path) == set()
+    _killed_after(final, 1)
     _old(final)
     assert describes(tmp_path / "m.manifest.json", final)
     assert _files(tmp_path) == {"m.gguf", "m.manifest.json"}
@@ -242,6 +246,53 @@ def test_a_directory_replaced_by_halves_is_brought_back(tmp_path: Path, renames:
         pass
     assert (final / "w").read_bytes() == (b"new" if renames else b"old")
     assert _files(tmp_path) == {"model", "model/w", "model/qwodel.manifest.json"}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interruption_between_the_two_renames_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    final = tmp_path / "m.gguf"
+    if before:
+        _old(final)
+    real = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        real(self, target)
+        monkeypatch.setattr(Path, "replace", real)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), StagedOutput(final, overwrite=True) as output:
+        output.path.write_bytes(b"new")
+        monkeypatch.setattr(Path, "replace", interrupted)
+        output.publish({})
+    if before:
+        assert describes(tmp_path / "m.manifest.json", final)
+    assert _files(tmp_path) == ({"m.gguf", "m.manifest.json"} if before else set())
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_link_in_the_place_is_replaced_and_what_it_leads_to_is_not(tmp_path: Path, is_file: bool) -> None:
+    theirs, final = tmp_path / "theirs", tmp_path / "out"
+    theirs.mkdir()
+    (theirs / "mine.txt").write_text("mine")
+    final.symlink_to(theirs)
+    with StagedOutput(final, overwrite=True) as output:
+        if is_file:
+            output.path.write_bytes(b"new")
+        else:
+            output.path.mkdir()
+            (output.path / "w").write_bytes(b"new")
+        output.publish({})
+    assert not final.is_symlink()
+    assert final.is_file() == is_file
+    assert (theirs / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["lock", "scratch"])
+def test_names_that_staging_uses_itself_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValidationError, match=f"cannot be called {name}"), StagedOutput(tmp_path / name):
+        pytest.fail("work was begun")
 
 
 def test_a_name_that_the_disk_cannot_hold_is_refused_before_work(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.exceptions import IntegrityError, ValidationError
 from qwodel.safetensors_files import checkpoint_files, read_header, read_index
+from qwodel.source import inspect_source
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16,
@@ -124,3 +127,62 @@ def test_shards_are_found_without_an_index_and_duplicates_left_out(tmp_path: Pat
     for name in ("b.safetensors", "a.safetensors", "consolidated.00.safetensors"):
         save_file({name[0]: torch.ones(1)}, tmp_path / name)
     assert [file.name for file in checkpoint_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}, "the dimension '2'"),
+        ({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, "the dimension 2.0"),
+        ({"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}, "the dimension True"),
+        ({"dtype": "F32", "shape": [1 << 64], "data_offsets": [0, 8]}, "the dimension"),
+        ({"dtype": "F32", "shape": [1 << 62] * 100_000, "data_offsets": [0, 8]}, "100000 dimensions"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": ["0", 8.5]}, "the offsets"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0]}, "no dtype, shape and pair"),
+        ({"dtype": 3, "shape": [2], "data_offsets": [0, 8]}, "no dtype, shape and pair"),
+        ([1], "described by no object"),
+    ],
+)
+def test_values_of_another_type_are_refused(tmp_path: Path, spec: object, said: str) -> None:
+    with pytest.raises(IntegrityError, match=said):
+        read_header(_write(tmp_path / "x.safetensors", {"w": spec}, bytes(8)))
+
+
+def test_names_that_occur_twice_and_other_metadata_are_refused(tmp_path: Path) -> None:
+    spec = b'{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    twice = b'{"w":' + spec + b',"w":' + spec.replace(b"F32", b"I32") + b"}"
+    with pytest.raises(IntegrityError, match="'w' is there twice"):
+        read_header(_write(tmp_path / "x.safetensors", twice, bytes(8)))
+    for metadata in ("hello", [1], {"x": {"y": 1}}):
+        header = {"__metadata__": metadata, "w": json.loads(spec)}
+        with pytest.raises(IntegrityError, match="does not map strings to strings"):
+            read_header(_write(tmp_path / "x.safetensors", header, bytes(8)))
+    with pytest.raises(IntegrityError, match="characters"):
+        read_header(_write(tmp_path / "x.safetensors", {"w" * 5000: json.loads(spec)}, bytes(8)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index | {"ghost": "1.safetensors"}, r"names 1 tensor \('ghost'\) that no shard holds"),
+        (lambda index: {"a": index["a"]}, r"omits 1 tensor \('b'\) that its shards hold"),
+        (lambda index: {"a": index["b"], "b": index["a"]}, "places 2 tensors .* in another shard"),
+    ],
+    ids=["named", "omitted", "moved"],
+)
+def test_an_index_that_says_otherwise_than_the_headers_is_refused_before_work(
+    change: Callable[[dict[str, str]], dict[str, str]], said: str, tmp_path: Path
+) -> None:
+    index = {"a": "1.safetensors", "b": "2.safetensors"}
+    save_file({"a": torch.ones(2)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "2.safetensors")
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": index}))
+    assert inspect_source(tmp_path).parameters == 4
+    changed = change(index)
+    if "omits" in said:
+        save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "1.safetensors")
+    file.write_text(json.dumps({"weight_map": changed}))
+    for read in (inspect_source, UnifiedSafetensorsLoader):
+        with pytest.raises(ValidationError, match=said):
+            read(tmp_path)

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,73 @@ def test_truncated_legacy_files_are_integrity_errors(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(IntegrityError, match="truncated torch checkpoint"):
         read_pickled_tensors(path)
+
+
+def _archive(path: Path, pickled: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    return path
+
+
+_SHARED = b"\x80\x02}q\0" + b"".join(
+    b"}(X\1\0\0\0ah%cX\1\0\0\0bh%cuq%c" % (i, i, i + 1) for i in range(30)
+) + b"."  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pickled", "error", "said"),
+    [
+        (_SHARED, ValidationError, "without end"),
+        (b"\x80\x02}q\0X\1\0\0\0ah\0s.", ValidationError, "without end"),
+        (b"\x80\x02}N" + b"\x85" * 100_000 + b"Ns.", ValidationError, "dictionary key of type tuple"),
+        (b"\x80\x02}q\0r\xff\xff\xff\xffX\1\0\0\0ah\1s.", IntegrityError, "damaged"),
+        (b"\x80\x02B\xff\xff\xff\xffabc.", IntegrityError, "truncated"),
+        (b"\x80\x05\x96\xff\xff\xff\xff\0\0\0\0abc.", ValidationError, "opcode 0x96"),
+        (b"\x80\x02X\2\0\0\0\xff\xfe.", IntegrityError, "damaged"),
+        (b"\x80\x02Iabc\n.", IntegrityError, "is no number"),
+        (b"\x80\x02" + b"(" * 100, IntegrityError, "truncated"),
+        (b"\x80\x02K\1K\1\x85R.", ValidationError, "calls what is no function"),
+    ],
+    ids=[
+        "shared",
+        "cyclic",
+        "nested key",
+        "memo index",
+        "length",
+        "buffer",
+        "utf-8",
+        "number",
+        "truncated",
+        "call",
+    ],
+)
+def test_bombs_are_refused_in_no_time_and_memory(
+    tmp_path: Path, pickled: bytes, error: type[Exception], said: str
+) -> None:
+    path = _archive(tmp_path / "model.bin", pickled)
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(error, match=said):
+        read_pickled_tensors(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - start < 10
+    assert peak < 1_000_000 + 100 * len(pickled)
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_pickle_larger_than_its_archive_is_not_unpacked(tmp_path: Path, packing: int) -> None:
+    path = _archive(tmp_path / "model.bin", bytes(1 << 24), packing)
+    with pytest.raises(ValidationError, match="is compressed"):
+        read_pickled_tensors(path)
+
+
+def test_a_tensor_beyond_its_storage_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    torch.save({"w": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+    # The shape (4,) is BININT1 4, TUPLE1.
+    assert pickled.count(b"K\x04\x85") == 1
+    with pytest.raises(IntegrityError, match=r"shape \[9\] in a storage of 4"):
+        read_pickled_tensors(_archive(path, pickled.replace(b"K\x04\x85", b"K\x09\x85")))

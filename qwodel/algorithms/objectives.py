@@ -141,7 +141,7 @@ def top_singular_vectors(
     if full_matrix or k + 10 >= rank:
         left, _, right = torch.linalg.svd(weight, full_matrices=False)
         return left[:, :k].contiguous(), right[:k].T.contiguous()
-    start = torch.randn(weight.shape[1], k + 10, generator=generator).to(weight.device)
+    start = torch.randn(weight.shape[1], k + 10, generator=generator, dtype=torch.float32).to(weight.device)
     basis = torch.linalg.qr(weight @ start).Q
     for _ in range(4):
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q

@@ -256,7 +256,7 @@ class BaseQuantizer(ABC, Generic[OptionsT]):
 
 @contextmanager
 def _typed_failures(output: StagedOutput) -> Iterator[None]:
-    """Turn what the machine does to a run into :class:`ResourceError`: memory gone, the output's folder gone."""
+    """Turn what the machine does to a run into :class:`ResourceError`: memory, disk, the output's folder."""
     try:
         yield
     except Exception as error:
@@ -271,5 +271,10 @@ def _typed_failures(output: StagedOutput) -> Iterator[None]:
             raise ResourceError(
                 f"memory ran out while making {output.final.name}: {error or type(error).__name__}",
                 hint="free some memory, raise the limit (ulimit -v), or use a larger machine",
+            ) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ResourceError(
+                f"the system failed while {output.final.name} was made: {error}",
+                hint="look at the disk, the permissions and the limits of the process (ulimit -a)",
             ) from error
         raise

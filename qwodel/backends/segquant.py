@@ -14,7 +14,7 @@ from qwodel.calibration.options import Dataset
 from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
 from qwodel.output import require_space, size_of
 from qwodel.source import ModelSource
-from qwodel.untrusted import checked_path, parse_json, read_json_object, read_regular
+from qwodel.untrusted import checked_path, kind_of, parse_json, read_json_object, read_regular
 
 if TYPE_CHECKING:
     from qwodel.segquant.export import Denoiser
@@ -169,7 +169,8 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
                 raise ConfigurationError(
                     f"{', '.join(sorted(given))} belong to calibration_inputs, which are not given"
                 )
-            if not (Path(options.calibration_set) / "meta.json").is_file():
+            folder = checked_path(options.calibration_set, error=CalibrationError)
+            if kind_of(folder / "meta.json", error=CalibrationError) != "file":
                 raise CalibrationError(
                     f"{options.calibration_set} is no calibration set (it has no meta.json)",
                     hint="make one with qwodel.segquant.generate_calibrate_set",
@@ -200,6 +201,7 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
         )
         progress.update(1, 1, "writing")
         job.report |= denoiser.save(job.output.path, max_shard_size=options.max_shard_size)
+        job.output.written()
         progress.stage("verify", "reading the files back")
         denoiser.read_back(job.output.path)
 

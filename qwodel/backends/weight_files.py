@@ -101,6 +101,7 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
         conversion = convert(
             plan, job.output.path, executor=executor_for(device, workers), progress=job.progress
         )
+        job.output.written()
         quality = verify(conversion, executor=make_executor(workers), progress=job.progress)
         job.report |= _report(plan, quality, job.source)
         if reports := reports | dict(conversion.reports):

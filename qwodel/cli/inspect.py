@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,9 @@ def inspect(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor with dtype and shape.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash the files of a result and compare them with its manifest.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     token: Annotated[
         str | None,
@@ -24,18 +28,23 @@ def inspect(
     ] = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Show architecture, parameters, dtypes and size; reads headers only, downloads no weights."""
+    """Show architecture, parameters, dtypes and size; reads headers only, downloads no weights.
+
+    Beside a result of qwodel its manifest is looked at too: whether it is of these files, by their sizes,
+    or with --verify by their hashes.
+    """
     from qwodel.cli.report import human_bytes, print_json, print_table, say
     from qwodel.hub import HubModel, looks_like_hub_id
-    from qwodel.paths import exists, user_path
     from qwodel.source import inspect_source
+    from qwodel.untrusted import checked_path, kind_of
 
-    if looks_like_hub_id(model) and not exists(user_path(model)):
+    if looks_like_hub_id(model) and kind_of(checked_path(model)) is None:
         facts: dict[str, Any] = HubModel(model, revision, token).describe()
         listed: list[dict[str, Any]] = facts.pop("tensor_list")
     else:
+        manifest = _manifest(checked_path(model), verify)
         source = inspect_source(model)
-        facts = source.describe()
+        facts = source.describe() | manifest
         listed = [{"name": n, "dtype": t.dtype, "shape": list(t.shape)} for n, t in source.tensors.items()]
     if json_:
         print_json({**facts, "tensor_list": listed} if tensors else facts)
@@ -54,3 +63,26 @@ def inspect(
             say(f"{key.replace('_', ' ') + ':':<18} {text}")
     if tensors:
         print_table(["tensor", "dtype", "shape"], [(t["name"], t["dtype"], t["shape"]) for t in listed])
+
+
+def _manifest(path: Path, verify: bool) -> dict[str, Any]:
+    """What the manifest of a result says of its files, and whether it is so."""
+    from qwodel.exceptions import IntegrityError, ValidationError
+    from qwodel.hashes import check_outputs, stated_outputs
+
+    found = stated_outputs(path)
+    if found is None:
+        if verify:
+            raise ValidationError(f"{path} has no manifest with hashes to compare with")
+        return {}
+    manifest, outputs = found
+    problems = check_outputs(path, outputs, sizes_only=not verify)
+    if problems and not verify:
+        return {"manifest": str(manifest), "agrees": f"no: {'; '.join(problems[:3])}"}
+    if problems:
+        raise IntegrityError(
+            f"{manifest.name} is not of these files: {'; '.join(problems[:3])}",
+            hint="a run that replaced them was cut off: any further run into this directory finishes it; "
+            "or they were changed since",
+        )
+    return {"manifest": str(manifest), "agrees": "hashes" if verify else "sizes"}

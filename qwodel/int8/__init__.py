@@ -9,6 +9,7 @@ from qwodel.int8.convert import Int8Conversion, convert_to_int8, plan_int8
 from qwodel.int8.gptq import GPTQInt8Converter
 from qwodel.int8.learned_rounding import LearnedRoundingConverter
 from qwodel.int8.quip import QuIPInt8Converter
+from qwodel.int8.verbosity import setup_logging
 
 if TYPE_CHECKING:
     from qwodel.checkpoint.families.layer_filters import MODEL_FILTERS
@@ -43,6 +44,7 @@ __all__ = [
     "merge_multiple_loras",
     "plan_int8",
     "read_weights",
+    "setup_logging",
 ]
 
 _HOME = {

@@ -21,6 +21,7 @@ from qwodel.int8.recipe import Int8Arguments
 from qwodel.output import StagedOutput, disk_errors, require_space
 from qwodel.report import envelope, source_facts
 from qwodel.side_files import files_beside
+from qwodel.untrusted import checked_path, kind_of
 
 __all__ = ["Int8Conversion", "convert_to_int8", "plan_int8"]
 
@@ -152,9 +153,9 @@ def convert_to_int8(
         ResourceError: the disk is full.
     """
     arguments = Int8Arguments.of(locals())
-    target = Path(output_file)
+    target = checked_path(output_file)
     executor = executor_for(arguments.device(), arguments.workers(), arguments.streaming())
-    plan = _plan(Path(input_file), target, arguments)
+    plan = _plan(checked_path(input_file), target, arguments)
     log.info("model family: %s", plan.family)
     source = Path(input_file)
     with (
@@ -164,6 +165,7 @@ def convert_to_int8(
     ):
         require_space(output.scratch, plan.output_bytes, f"making {target.name}")
         conversion = convert(plan, output.path, executor=executor)
+        output.written()
         quality = verify(conversion, executor=make_executor(arguments.workers()))
         report = {
             "input": str(input_file),
@@ -199,10 +201,13 @@ def plan_int8(*args: Any, **kwargs: Any) -> Plan:
     bound = inspect.signature(convert_to_int8).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    return _plan(Path(given["input_file"]), Path(given["output_file"]), Int8Arguments.of(given))
+    return _plan(
+        checked_path(given["input_file"]), checked_path(given["output_file"]), Int8Arguments.of(given)
+    )
 
 
 def _plan(source: Path, target: Path, arguments: Int8Arguments) -> Plan:
+    kind_of(source)  # before a loop of links is followed
     if source.resolve() == target.resolve():
         raise ValidationError(f"{target} is the input itself", hint="choose another output_file")
     return build_plan(source, arguments.recipe(), arguments.layout())

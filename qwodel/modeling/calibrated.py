@@ -67,7 +67,7 @@ def find_codes(
     Raises:
         CalibrationError: the text is missing or too little.
         ConfigurationError: transformers does not know the architecture.
-        DependencyError: transformers, accelerate or the tokenizer's package is missing.
+        DependencyError: transformers or the tokenizer's package is missing.
         ConversionError: the model does not run.
         ValidationError: NaN or Inf among weights or inputs.
         Cancelled: the progress callback raised.

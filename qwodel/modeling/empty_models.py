@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,10 @@ from torch.overrides import TorchFunctionMode
 from qwodel.process_state import MODEL_BUILDING
 
 __all__ = ["empty_transformers_model", "parameters_on_meta", "tie_weights"]
+
+
+_LONGEST_LOAD = 60.0
+"""Seconds another thread may need to build a model without its weights."""
 
 
 class _Here(threading.local):
@@ -100,8 +105,15 @@ def _set_dtype(config: Any, dtype: torch.dtype | None) -> None:
 
 
 def tie_weights(model: Any) -> None:
-    """Tie a transformers model's weights, which no model can while transformers loads another."""
+    """Tie a transformers model's weights.
+
+    While transformers loads any model, tying does nothing in the whole process: our own loads are kept
+    out, and for one of another thread's this waits.
+    """
     with MODEL_BUILDING:
+        given_up = time.monotonic() + _LONGEST_LOAD
+        while model.tie_weights.__name__ != "tie_weights" and time.monotonic() < given_up:
+            time.sleep(0.01)
         model.tie_weights()
 
 

@@ -104,7 +104,7 @@ class InputRounding(nn.Module):
         super().__init__()
         self.form, self.sizes, self.enabled = form, sizes, True
         static = form.quant_type is not None and not form.dynamic
-        ones = torch.ones(len(sizes), device=device)
+        ones = torch.ones(len(sizes), dtype=torch.float32, device=device)
         self.register_buffer("scale", ones if static else None)
         self.register_buffer("zero_point", ones * 0 if static and not form.symmetric else None)
         self.register_buffer("negative_scale", ones.clone() if static and form.dual else None)

@@ -77,8 +77,8 @@ class Int8Linear(nn.Module):
         self.register_buffer(
             "weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         )
-        self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device))
-        static = torch.ones(1, device=device) if activations == "static" else None
+        self.register_buffer("weight_scale", torch.ones(out_features, 1, dtype=torch.float32, device=device))
+        static = torch.ones(1, dtype=torch.float32, device=device) if activations == "static" else None
         self.register_buffer("input_scale", static)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         self.register_buffer("hadamard", None, persistent=False)

@@ -102,7 +102,7 @@ class SegmentProduct(nn.Module):
         assert scale is not None
         grid = self.inputs.grid(rows, self.smoothing)
         codes = self.inputs.codes(rows, grid, self.smoothing).to(kind.dtype)
-        one = torch.ones((), device=rows.device)
+        one = torch.ones((), dtype=torch.float32, device=rows.device)
         product = torch._scaled_mm(codes, self.weight.codes.t(), one, one, out_dtype=torch.float32)  # noqa: SLF001
         return product * grid.scale * scale.T
 
@@ -190,13 +190,13 @@ def scaled_mm_works(device: str, index: int | None = None) -> bool:
     if device != "cuda":
         return False
     where = torch.device(device, index or 0)
-    one = torch.ones((), device=where)
-    number = torch.eye(16, device=where).to(torch.float8_e4m3fn)
+    one = torch.ones((), dtype=torch.float32, device=where)
+    number = torch.eye(16, dtype=torch.float32, device=where).to(torch.float8_e4m3fn)
     try:
         found = torch._scaled_mm(number, number.t(), one, one, out_dtype=torch.float32)  # noqa: SLF001
     except (RuntimeError, NotImplementedError, ValueError):
         return False
-    return torch.equal(found, torch.eye(16, device=where))
+    return torch.equal(found, torch.eye(16, dtype=torch.float32, device=where))
 
 
 class SegmentLinear(nn.Module):

@@ -61,7 +61,7 @@ class WeightCodes(nn.Module):
         stored = (rows, -(-columns // 2)) if self.packed else shape
         kind = torch.uint8 if self.packed else (quant_type.dtype if quant_type else dtype)
         self.register_buffer("codes", torch.zeros(stored, dtype=kind, device=device))
-        groups = torch.ones(rows, len(sizes), device=device)
+        groups = torch.ones(rows, len(sizes), dtype=torch.float32, device=device)
         self.register_buffer("scale", groups if quant_type else None)
         self.register_buffer("zero_point", groups * 0 if asymmetric else None)
 

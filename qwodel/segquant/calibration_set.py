@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from qwodel.exceptions import CalibrationError, ConfigurationError
 from qwodel.segquant.calibration_files import Meta, read_chunk, read_meta, require_zstd
+from qwodel.untrusted import checked_path
 
 __all__ = ["BaseCalibSet", "DiskCalibSet", "load_calibrate_set"]
 
@@ -83,7 +84,7 @@ def load_calibrate_set(dump_path: str | Path, compress: bool = True) -> BaseCali
         ConfigurationError: ``compress`` is not as it was stored.
         DependencyError: it is compressed, and zstandard is missing.
     """
-    folder = Path(dump_path)
+    folder = checked_path(dump_path, error=CalibrationError)
     meta = read_meta(folder)
     if meta is None:
         return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-
-import torch
 
 from qwodel.modeling.patterns import Patterns
 
@@ -27,7 +26,7 @@ class LayerReport:
     @property
     def sqnr(self) -> float:
         """The error in dB."""
-        return -10 * float(torch.tensor(max(self.error, 1e-30)).log10())
+        return -10 * math.log10(max(self.error, 1e-30))
 
 
 @dataclass

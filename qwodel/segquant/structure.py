@@ -107,7 +107,9 @@ def built_layer(described: Mapping[str, Any]) -> SegmentLinear | QuantizedConv:
             SegmentProduct(
                 _built_inputs(each["inputs"]),
                 weight,
-                smoothing=torch.empty(columns, device="meta") if each["smoothed"] else None,
+                smoothing=torch.empty(columns, dtype=torch.float32, device="meta")
+                if each["smoothed"]
+                else None,
                 down=torch.empty(each["rank"], columns, dtype=branch, device="meta") if branch else None,
                 up=torch.empty(rows, each["rank"], dtype=branch, device="meta") if branch else None,
             )

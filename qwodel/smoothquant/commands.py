@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qwodel.calibration.texts import local_path
 from qwodel.display import shown, shown_lines
 from qwodel.exceptions import ConfigurationError, QuantizationError
 from qwodel.process import prepare_process
@@ -189,7 +190,7 @@ def _check_suffix(path: Path) -> None:
 
 
 def _dataset(name: str, config: str | None) -> str:
-    if config is None or Path(name).exists():
+    if config is None or local_path(name) is not None:
         return name
     return config if config.casefold() in ("wikitext-2", "wikitext-103") else f"{name}:{config}"
 

@@ -18,6 +18,7 @@ from qwodel.modules.int8_experts import Int8Experts
 from qwodel.modules.int8_linear import Activations, Int8Linear
 from qwodel.safetensors_files import checkpoint_files, read_header
 from qwodel.smoothquant.stacked_experts import EXPERT_WEIGHTS
+from qwodel.untrusted import checked_int, foreign_errors
 
 __all__ = [
     "OWN_FORMAT",
@@ -66,10 +67,25 @@ class Described:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path) -> Described:
+        """Read it.
+
+        Raises:
+            ValidationError: the model is not quantized to INT8 W8A8, or the description is damaged.
+        """
+        with foreign_errors(f"{folder}: its quantization_config is damaged"):
+            return cls._of(config, folder)
+
+    @classmethod
+    def _of(cls, config: Mapping[str, Any], folder: Path) -> Described:
         found = config.get("quantization_config") or {}
         method = found.get("quant_method")
         if found.get("format") == OWN_FORMAT:
-            return cls("token", found.get("layers", {}))
+            layers = found.get("layers", {})
+            for each in layers.values():
+                checked_int(each.get("rotation", 0), f"{folder}: a layer's rotation", high=1 << 31)
+                if each.get("activations", "token") not in ("token", "tensor", "static"):
+                    raise ValidationError(f"{folder}: a layer's activations are {each['activations']!r:.100}")
+            return cls("token", layers)
         if method != "compressed-tensors":
             raise ValidationError(
                 f"{folder} is not quantized to INT8 W8A8 ({method or 'it has full-precision weights'})",

@@ -18,7 +18,6 @@ from qwodel.modeling.lazy_model import config_of, open_lazily
 from qwodel.modules.int8_experts import Int8Experts
 from qwodel.modules.int8_linear import Int8Linear
 from qwodel.output import StagedOutput, disk_errors
-from qwodel.paths import exists, user_path
 from qwodel.progress import Progress
 from qwodel.report import envelope
 from qwodel.smoothquant.int8_loading import (
@@ -34,6 +33,7 @@ from qwodel.smoothquant.int8_loading import (
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import quantizable_layers
 from qwodel.smoothquant.stacked_experts import stacked_experts
+from qwodel.untrusted import checked_path, kind_of
 
 __all__ = ["Int8ForCausalLM", "local_folder"]
 
@@ -75,7 +75,7 @@ class Int8ForCausalLM(nn.Module):
         Raises:
             ValidationError: it is not there, not quantized to INT8 W8A8, or of another model type.
             ConversionError: tensors are missing or do not fit.
-            DependencyError: transformers or accelerate is not installed.
+            DependencyError: transformers is not installed.
         """
         folder = local_folder(str(model_id), revision, token)
         config = config_of(folder)
@@ -202,10 +202,11 @@ def local_folder(model_id: str, revision: str | None = None, token: str | None =
     Raises:
         ValidationError: it is not there.
     """
-    folder = user_path(model_id)
-    if folder.is_dir():
+    folder = checked_path(model_id)
+    kind = kind_of(folder)
+    if kind == "directory":
         return folder
-    if exists(folder) or not looks_like_hub_id(model_id):
+    if kind or not looks_like_hub_id(model_id):
         raise ValidationError(
             f"{model_id} is no model directory", hint="give a directory or a hub id (owner/name)"
         )

@@ -85,7 +85,9 @@ class _Observer:
             if tensor is value:
                 return sample
         # The first tokens are among them: they carry the greatest activations.
-        places = torch.linspace(0, len(rows) - 1, min(self.tokens, len(rows)), device=rows.device).long()
+        places = torch.linspace(
+            0, len(rows) - 1, min(self.tokens, len(rows)), dtype=torch.float32, device=rows.device
+        ).long()
         sample = rows[places].float().cpu()
         self.recent = [*self.recent[-7:], (value, sample)]
         return sample

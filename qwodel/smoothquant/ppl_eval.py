@@ -9,13 +9,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from qwodel.calibration import load_texts
+from qwodel.calibration.texts import local_path
 from qwodel.exceptions import CalibrationError, ConfigurationError
 from qwodel.modeling.fold import remember_weights
 from qwodel.modeling.wiring import find_pairs
@@ -128,7 +128,7 @@ def token_windows(
     Raises:
         CalibrationError: the text is missing, or too short for a window.
     """
-    if isinstance(dataset, str) and not Path(dataset).exists():
+    if isinstance(dataset, str) and local_path(dataset) is None:
         dataset = _KNOWN.get(dataset.casefold(), dataset)
     text = "\n\n".join(load_texts(dataset, split="test", token=token))
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])

@@ -110,5 +110,7 @@ def _round_input(
         scales = None if token_steps is None else (x.abs().amax(-1).float() / token_steps).clamp_(min=_TINY)
         rounded = fake_quantize(x, "rows", scales, n_bits=n_bits)
     else:
-        rounded = fake_quantize(x, "tensor", None if scale is None else torch.tensor(scale), n_bits=n_bits)
+        rounded = fake_quantize(
+            x, "tensor", None if scale is None else torch.tensor(scale, dtype=torch.float32), n_bits=n_bits
+        )
     return (rounded, *args[1:])

@@ -51,9 +51,9 @@ def _is_plain(experts: Any) -> bool:
 def _computes_so(experts: Any) -> bool:
     weight = experts.gate_up_proj
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_TOKENS, weight.shape[2], generator=generator).to(weight)
+    hidden = torch.randn(_TOKENS, weight.shape[2], generator=generator, dtype=torch.float32).to(weight)
     chosen = (torch.arange(_TOKENS) % len(weight))[:, None].to(weight.device)
-    counts = torch.full((_TOKENS, 1), 0.5).to(weight)
+    counts = torch.full((_TOKENS, 1), 0.5, dtype=torch.float32).to(weight)
     expected = experts(hidden, chosen, counts).float()
     found = _forward(experts, None, hidden, chosen, counts).float()
     # Narrow dtypes round sums in another order.

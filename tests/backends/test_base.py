@@ -126,6 +126,11 @@ def test_memory_that_runs_out_is_a_resource_error(model: Path, tmp_path: Path, e
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_system_refuses_is_a_resource_error(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="Input/output error: '/dev/broken'"):
+        run(model, tmp_path / "out", _raise(OSError(errno.EIO, "Input/output error", "/dev/broken")))
+
+
 def test_other_errors_stay_what_they_are(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         run(model, tmp_path / "out", lambda _: 1 / 0)

@@ -120,3 +120,29 @@ def test_threads_make_the_bytes_of_runs_in_a_row(
     after = process_state()
     assert {name: value for name, value in after.items() if value != before[name]} == {}
     assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "options"),
+    [
+        ("int8", "int8_row", {}),
+        ("int8", "int8_tensor", {}),
+        ("int8", "int8_row", {"optimizer": "adamw", "num_iter": 5}),
+        ("fp8", "fp8_e4m3", {"optimizer": "search"}),
+    ],
+)
+def test_bytes_do_not_depend_on_the_default_dtype(
+    backend: str, kind: str, options: dict[str, Any], models: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    """Which transformers changes for all threads while any of them loads a bf16 model."""
+    expected = quantize(models[torch.float32], tmp_path / "a", backend, kind, layout="comfyui", **options)
+    for dtype in (torch.bfloat16, torch.float64):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            found = quantize(
+                models[torch.float32], tmp_path / str(dtype), backend, kind, layout="comfyui", **options
+            )
+        finally:
+            torch.set_default_dtype(before)
+        assert found.read_bytes() == expected.read_bytes()

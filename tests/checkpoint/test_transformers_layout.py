@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,18 @@ def test_side_files_come_along_and_other_weights_do_not(llama: Path, tmp_path: P
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"} <= names
     assert "pytorch_model.bin" not in names
+
+
+def test_a_side_file_that_leads_out_is_left_behind(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    (tmp_path / "secret").write_text("PRIVATE KEY")
+    (source / "notes.md").symlink_to(tmp_path / "secret")
+    run(source, tmp_path / "out", TransformersLayout())
+    assert not (tmp_path / "out" / "notes.md").exists()
+    assert "lead out of the model's folder: notes.md" in caplog.text
 
 
 def test_mixed_formats_load(llama: Path, tmp_path: Path) -> None:

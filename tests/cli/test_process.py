@@ -71,7 +71,14 @@ def _started(model: Path, out: Path, *before: str) -> subprocess.Popen[str]:
         *before, *QWODEL, "quantize", str(model), "-b", "int8", "-f", "int8_row", "-o", str(out),
         "-O", "optimizer=original", "-O", "num_iter=100000",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that put the tests into the background has these ignored.
+    heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in heard],
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "quantize" in line and list(out.glob(".qwodel-*/model-int8_row.safetensors")):
@@ -204,6 +211,19 @@ def test_names_from_files_reach_no_terminal_raw(
         check=False,
     )
     assert not _raw(done.stdout + done.stderr)
+
+
+def test_log_lines_are_safe() -> None:
+    program = (
+        "import logging\n"
+        "from qwodel.process import prepare_process\n"
+        "prepare_process()\n"
+        f"logging.getLogger('toolchain').warning('%s', {HOSTILE!r} + chr(10) + 'error: forged')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not _raw(done.stderr)
+    assert done.stderr.splitlines()[0].startswith("WARNING toolchain: [/nope]\\x1b]0;owned")
+    assert done.stderr.splitlines()[1] == "  error: forged"
 
 
 def test_json_stays_exact(hostile: Path) -> None:

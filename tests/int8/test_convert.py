@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,34 @@ def test_documented_call(tmp_path: Path) -> None:
         quality[f"{LAYER}.weight"].sqnr_db, abs=0.02
     )
     assert quality[f"{LAYER}.weight"].rounding == "learned"
+
+
+def test_the_manifest_has_the_envelope(tmp_path: Path) -> None:
+    zero = llama_weights(1) | {f"{LAYER}.weight": torch.zeros(48, 96)}
+    run(tmp_path, zero, no_learned_rounding=True)
+    text = (tmp_path / "out.manifest.json").read_text("utf-8")
+    manifest = json.loads(text, parse_constant=pytest.fail)  # a layer of zeros has an infinite SQNR
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.glob("*.safetensors")
+    }
+    assert (manifest["schema"], manifest["backend"]) == (1, "int8")
+    assert manifest["source"]["sha256"] == {"in.safetensors": digests["in.safetensors"]}
+    assert manifest["outputs"]["out.safetensors"]["sha256"] == digests["out.safetensors"]
+    assert manifest["recipe"]["seed"] == 42
+    assert "torch" in manifest["versions"]
+
+
+def test_a_link_out_of_the_folder_is_in_no_output(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "model", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_text("PRIVATE KEY")
+    save_file(llama_weights(1), folder / "model.safetensors")
+    (folder / "config.json").symlink_to(secret)
+    with pytest.raises(ValidationError, match=r"config\.json is a link that leads out"):
+        convert_to_int8(
+            str(folder), str(tmp_path / "out.safetensors"), True, {}, 1, 0, no_learned_rounding=True
+        )
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize(

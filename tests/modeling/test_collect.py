@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,10 @@ def test_statistics_of_any_module(tmp_path):
         "stats.manifest.json",
         "stats.safetensors",
     ]
+    manifest = json.loads((tmp_path / "stats.manifest.json").read_text())
+    assert manifest["schema"] == 1
+    assert manifest["source"]["name"] == "Denoiser"
+    assert manifest["outputs"].keys() == {"stats.safetensors"}
 
 
 def test_spilled_sums_are_the_same(tmp_path):

@@ -11,7 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
-from qwodel.modeling.empty_models import empty_transformers_model, parameters_on_meta
+from qwodel.modeling.empty_models import empty_transformers_model, parameters_on_meta, tie_weights
 
 from .tiny_models import _SMALL, ARCHITECTURES
 
@@ -113,3 +113,22 @@ def test_attributes_of_a_parameter_stay() -> None:
     assert built.weight.note == "kept"  # type: ignore[attr-defined]
     assert not built.weight.requires_grad
     assert built.absent is None
+
+
+def test_weights_are_tied_while_the_user_loads_another_model() -> None:
+    model = transformers.LlamaForCausalLM(config_of("llama-tied"))
+    model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    loading, loaded = threading.Event(), threading.Event()
+
+    def load() -> None:
+        with transformers.initialization.no_tie_weights():  # what from_pretrained does
+            loading.set()
+            loaded.wait()
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    loading.wait()
+    threading.Timer(0.1, loaded.set).start()
+    tie_weights(model)
+    thread.join()
+    assert model.lm_head.weight is model.get_input_embeddings().weight

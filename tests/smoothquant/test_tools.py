@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -72,6 +73,10 @@ def test_opt_through_the_three_tools(opt: Path, text: Path, tmp_path: Path) -> N
         0.85,
     )
     assert "18 layers" in said
+    manifest = json.loads((out / "qwodel.manifest.json").read_text())
+    assert (manifest["schema"], manifest["backend"], manifest["recipe"]["alpha"]) == (1, "smoothquant", 0.85)
+    assert manifest["source"]["sha256"].keys() == {"model.safetensors"}
+    assert {"config.json", "model.safetensors"} <= manifest["outputs"].keys()
     int8 = Int8OPTForCausalLM.from_pretrained(out)
     ids = torch.tensor([[5, 9, 13, 21, 33, 4]])
     with torch.no_grad():

@@ -138,6 +138,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         outcome, options, folder = fitted.value, job.options, job.output.path
         job.progress.stage("verify", "reading the directory back")
         copy_side_files(side_files(job.source.path), folder)
+        job.output.written()
         fused = check_fused_layers(folder, outcome.quantized)
         fate = account(job.source, folder)
         _check_ties(job.source, folder)

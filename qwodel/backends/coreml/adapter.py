@@ -102,6 +102,7 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
             "side_files": copy_beside(job.source, job.output.path),
             "unplaced": unplaced(weights, built.source),
         }
+        job.output.written()
         verify(job, recipe, built, original, weights, package, self.log)
 
     def _compressed(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from qwodel.backends.coreml.build import Built
 from qwodel.backends.coreml.formats import Recipe
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.toolchain import record_log
+from qwodel.hashes import hash_outputs
 from qwodel.side_files import copy_side_files, side_files, stays_inside
 from qwodel.source import ModelSource
 from qwodel.version import __version__
@@ -19,13 +22,42 @@ __all__ = ["copy_beside", "licence_of", "write_package"]
 
 
 def write_package(model: Any, package: Path, job: Job[CoreMLOptions], recipe: Recipe, built: Built) -> None:
-    """Describe coremltools' ``model`` and save it as ``package``.
+    """Describe coremltools' ``model`` and save it as ``package``: the same bytes for the same program.
 
     Descriptions of inputs and outputs, licence, source and recipe go in; the author is the user's to name.
     """
     _describe(model, job.source, recipe, built, job.options)
     with record_log():
         model.save(str(package))
+    _settle_bytes(package)
+
+
+def _settle_bytes(package: Path) -> None:
+    """Take out of a package what differs from run to run: the order of maps, the day, random identifiers.
+
+    The identifiers are made of what they stand for, as version 5 of RFC 9562's UUIDs.
+    """
+    from coremltools.proto import Model_pb2
+
+    manifest = package / "Manifest.json"
+    listed = json.loads(manifest.read_text("utf-8"))
+    entries = listed["itemInfoEntries"]
+    program = package / "Data" / entries[listed["rootModelIdentifier"]]["path"]
+    spec = Model_pb2.Model.FromString(program.read_bytes())
+    spec.description.metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
+    # coremltools makes this file and the folder of weights for their owner alone.
+    program.unlink()
+    (program.parent / "weights").chmod(program.parent.stat().st_mode)
+    program.write_bytes(spec.SerializeToString(deterministic=True))
+    names = {old: _identifier(package / "Data", entry["path"]) for old, entry in entries.items()}
+    listed["itemInfoEntries"] = dict(sorted((names[old], entry) for old, entry in entries.items()))
+    listed["rootModelIdentifier"] = names[listed["rootModelIdentifier"]]
+    manifest.write_text(json.dumps(listed, indent=4) + "\n", "utf-8")
+
+
+def _identifier(folder: Path, path: str) -> str:
+    content = json.dumps(hash_outputs(folder / path), sort_keys=True)
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path} {content}"))
 
 
 def _describe(model: Any, source: ModelSource, recipe: Recipe, built: Built, options: CoreMLOptions) -> None:

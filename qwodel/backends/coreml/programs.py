@@ -12,8 +12,8 @@ import torch
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.wrappers import Input
 from qwodel.exceptions import ConfigurationError, ConversionError, ValidationError
-from qwodel.paths import user_path
 from qwodel.source import INPUT_FORMATS, ModelSource
+from qwodel.untrusted import checked_path
 
 __all__ = ["LoadedProgram", "check_examples", "check_trust", "load_program"]
 
@@ -48,7 +48,7 @@ def check_examples(options: CoreMLOptions) -> None:
     if options.example_inputs is None and "input_shape" not in options.model_fields_set:
         raise ConfigurationError("a TorchScript file needs example_inputs", hint=_EXAMPLES)
     if isinstance(options.example_inputs, str):
-        _read(user_path(options.example_inputs, "file of example_inputs"))
+        _read(checked_path(options.example_inputs, "file of example_inputs"))
 
 
 class LoadedProgram:
@@ -103,7 +103,7 @@ def _examples(names: list[str], stored: tuple[Any, ...], options: CoreMLOptions)
     clean = [re.sub(r"\W", "_", name) for name in names]
     given = options.example_inputs
     if isinstance(given, str):
-        given = _read(user_path(given, "file of example_inputs"))
+        given = _read(checked_path(given, "file of example_inputs"))
     if given is None and stored:
         given = stored
     if given is None and len(clean) == 1 and "input_shape" in options.model_fields_set:

@@ -109,6 +109,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         _check_types(options, headers)
         matrix = importance_matrix(job, origin[0], headers)
         fallbacks, loaded = steps.quantize(job, origin[0], headers, matrix.path if matrix else None)
+        job.output.written()
         self._verify(job, headers, loaded)
         shown = {key: value for key, value in loaded.items() if not key.startswith("probe_")}
         job.report |= {"fallbacks": fallbacks, "loaded": shown}

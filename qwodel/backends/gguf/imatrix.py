@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from qwodel.exceptions import CalibrationError, IntegrityError
 from qwodel.gguf_header import GGUFArray, GGUFHeader, read_gguf_header
-from qwodel.untrusted import checked_int, kind_of, open_regular
+from qwodel.untrusted import checked_int, checked_path, kind_of, open_regular
 
 __all__ = ["ImatrixEntry", "ImportanceMatrix", "read_imatrix", "write_imatrix"]
 
@@ -74,6 +74,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     Raises:
         CalibrationError: the file is missing, damaged, or is no importance matrix.
     """
+    path = checked_path(path, error=CalibrationError)
     if kind_of(path, error=CalibrationError) is None:
         raise CalibrationError(f"the importance matrix {path} does not exist")
     with open_regular(path, error=CalibrationError) as file:

@@ -27,7 +27,7 @@ from typing import Any
 from qwodel.cache import cache_dir
 from qwodel.children import child_environment, module_command
 from qwodel.exceptions import DependencyError, ValidationError, did_you_mean
-from qwodel.paths import user_path
+from qwodel.untrusted import checked_path
 
 __all__ = ["Converter", "converter", "installed_converter", "lay_converter", "lock"]
 
@@ -103,7 +103,7 @@ def installed_converter() -> Converter | None:
     """
     given = os.environ.get("QWODEL_LLAMA_CPP")
     if given:
-        root = user_path(given, "llama.cpp checkout (QWODEL_LLAMA_CPP)")
+        root = checked_path(given, "llama.cpp checkout (QWODEL_LLAMA_CPP)")
         if not (root / _SCRIPT).is_file():
             raise DependencyError(
                 f"QWODEL_LLAMA_CPP is {root}, which has no {_SCRIPT}", hint="point it at a llama.cpp checkout"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from qwodel.exceptions import IntegrityError
 from qwodel.gguf_header import GGML_TYPES, GGUFArray, GGUFHeader, GGUFTensor
-from qwodel.untrusted import kind_of, read_json
+from qwodel.untrusted import foreign_errors, kind_of, read_json, read_regular
 
 __all__ = [
     "PROBE",
@@ -96,12 +96,14 @@ def _reference_tokens(folder: Path) -> list[int] | None:
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        encoding = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROBE, add_special_tokens=False)
-        return list(encoding.ids)
+        with foreign_errors(f"{folder / 'tokenizer.json'} is no tokenizer"):
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return list(tokenizer.encode(PROBE, add_special_tokens=False).ids)
     if (folder / "tokenizer.model").is_file():
         from sentencepiece import SentencePieceProcessor
 
-        return list(SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(PROBE))
+        with foreign_errors(f"{folder / 'tokenizer.model'} is no tokenizer"):
+            return list(SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(PROBE))
     return None
 
 
@@ -118,7 +120,8 @@ def check_tokenizer(folder: Path, output: GGUFHeader) -> dict[str, Any]:
     names = tokens.decode()
     found: dict[str, Any] = {"vocabulary": len(names)}
     config = _json(folder / "tokenizer_config.json")
-    _check_vocabulary(_json(folder / "tokenizer.json"), names)
+    with foreign_errors(f"{folder / 'tokenizer.json'} is no description of a tokenizer"):
+        _check_vocabulary(_json(folder / "tokenizer.json"), names)
     for kind in ("bos", "eos"):
         number = metadata.get(f"tokenizer.ggml.{kind}_token_id")
         text = _token_text(config.get(f"{kind}_token"))
@@ -178,7 +181,8 @@ def _token_text(value: Any) -> str | None:
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        with foreign_errors(f"{file} is no chat template"):
+            return read_regular(file).decode("utf-8")
     template = config.get("chat_template")
     return template if isinstance(template, str) else None
 

@@ -33,7 +33,7 @@ class ModelDirectory:
         Raises:
             ValidationError: ``config.json`` is damaged, or a link that leads out of the directory.
         """
-        root = source if source.is_dir() else source.parent if _is_model_file(source) else None
+        root = source if kind_of(source) == "directory" else source.parent if _is_model_file(source) else None
         if root is None or kind_of(root / "config.json") != "file":
             return cls(root, None)
         refuse_leading_out(root / "config.json", root)

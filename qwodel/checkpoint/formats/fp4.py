@@ -31,7 +31,7 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 
 def _values(packed: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
     """uint8 ``[…, n]`` → fp32 ``[…, 2n]``; the first value of each byte is in its low nibble unless said otherwise."""
-    table = torch.tensor(E2M1_VALUES)
+    table = torch.tensor(E2M1_VALUES, dtype=torch.float32)
     low, high = table[(packed & 0x0F).long()], table[(packed >> 4).long()]
     pair = (high, low) if high_first else (low, high)
     return torch.stack(pair, dim=-1).flatten(-2)

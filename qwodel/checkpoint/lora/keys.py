@@ -18,7 +18,7 @@ from typing import Any
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.exceptions import ValidationError
 from qwodel.name_patterns import name_pattern
-from qwodel.untrusted import checked_number, kind_of, read_json_object
+from qwodel.untrusted import checked_number, checked_path, kind_of, read_json_object
 
 __all__ = ["LoraFile", "LoraLayer", "open_lora"]
 
@@ -89,7 +89,8 @@ def open_lora(path: Path) -> LoraFile:
         ValidationError: no LoRA layers in it, a layer without its other half, or a
             method that is not plain LoRA (LoHa, LoKr, DoRA, OFT, Tucker).
     """
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    path = checked_path(path)
+    file = path / "adapter_model.safetensors" if kind_of(path) == "directory" else path
     adapter = _adapter_config(file)
     with UnifiedSafetensorsLoader(file, low_memory=True) as reader:
         _refuse_foreign(file, reader, adapter)

@@ -23,6 +23,7 @@ from qwodel.checkpoint.source.nonfinite import nonfinite_weights
 from qwodel.checkpoint.source.source_tensor import Sources, SourceTensor
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.exceptions import ConfigurationError, ValidationError
+from qwodel.untrusted import checked_path
 
 __all__ = ["build_plan"]
 
@@ -41,7 +42,7 @@ def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
         ConfigurationError: the layout cannot express the format.
         IntegrityError: a file is damaged.
     """
-    source = Path(source)
+    source = checked_path(source)
     directory = ModelDirectory.of(source)
     if layout.needs_config and directory.config is None:
         raise ConfigurationError(

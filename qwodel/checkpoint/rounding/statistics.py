@@ -21,7 +21,7 @@ from qwodel.checkpoint.files.output_tensor import OutputTensor, Role
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.files.writer import PlannedWriter, create_files, pack_files
 from qwodel.exceptions import CalibrationError
-from qwodel.untrusted import checked_int, parse_json
+from qwodel.untrusted import checked_int, checked_path, kind_of, parse_json
 
 __all__ = ["StatisticsEntry", "StatisticsFile", "write_statistics"]
 
@@ -101,8 +101,8 @@ class StatisticsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
+        self.path = checked_path(path, error=CalibrationError)
+        if kind_of(self.path, error=CalibrationError) != "file":
             raise CalibrationError(
                 f"there is no statistics file {self.path}", hint="make one with qwodel calibrate"
             )

@@ -159,7 +159,7 @@ def _tensor_scale(wanted: Codec, pieces: Iterator[torch.Tensor], count: int) -> 
         # A slab of zeros has the scale 1, which says nothing about the rest.
         if float(scale) != 1.0 or bool(rows.any()):
             scales.append(scale)
-    return torch.stack(scales).amax() if scales else torch.ones(())
+    return torch.stack(scales).amax() if scales else torch.ones((), dtype=torch.float32)
 
 
 def _round(

@@ -10,6 +10,7 @@ import torch
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.source.dequantize_sources import resolve_sources
 from qwodel.model_config import read_config
+from qwodel.untrusted import checked_path, kind_of
 
 __all__ = ["read_weights"]
 
@@ -26,8 +27,8 @@ def read_weights(path: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
         ValidationError: the path is no checkpoint, or is quantized in a way not understood.
         IntegrityError: a file is damaged.
     """
-    path = Path(path)
-    described = read_config(path) if path.is_dir() else {}
+    path = checked_path(path)
+    described = read_config(path) if kind_of(path) == "directory" else {}
     with UnifiedSafetensorsLoader(path, low_memory=True) as reader:
         for source in resolve_sources(reader, described).tensors:
             if source.shape and source.decoder is not None:

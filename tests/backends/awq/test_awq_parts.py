@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from qwodel.backends.awq import sizes, upstream
+from qwodel.backends.awq import launch, sizes, upstream
 from qwodel.backends.awq.adapter import AWQQuantizer
 from qwodel.backends.awq.bridge import CalibrationProgress, bridged
 from qwodel.backends.awq.options import AWQOptions
@@ -247,3 +249,23 @@ def test_offset_norms_are_those_llm_compressor_converts() -> None:
     found = mappings(model, set(targets(model, AWQOptions())))
     assert "model.layers.0.post_attention_layernorm" in {each.smooth_layer for each in found}
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+def test_ranks_are_started_without_the_present_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun starts the ranks with its own environment and with ``python -m``."""
+    seen: dict[str, Any] = {}
+
+    def started(command: list[str], **how: Any) -> Any:
+        seen.update(command=command, environment=how["env"])
+        raise RuntimeError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["", str(tmp_path), *sys.path])
+    monkeypatch.setattr("qwodel.backends.awq.launch.subprocess.Popen", started)
+    with pytest.raises(RuntimeError, match="enough"):
+        launch._supervise(2, tmp_path, lambda *_: None)
+    assert seen["command"][1:4] == ["-P", "-m", "torch.distributed.run"]
+    assert seen["environment"]["PYTHONSAFEPATH"] == "1"
+    assert str(tmp_path) not in seen["environment"]["PYTHONPATH"].split(os.pathsep)

@@ -139,15 +139,14 @@ def test_an_exported_program_is_opened_only_where_it_is_trusted(tmp_path: Path) 
 
 
 class _Writes(nn.Module):
-    """A TorchScript module may write any file: here when it is loaded."""
+    """A TorchScript module may write any file, here as it is loaded."""
 
     def __init__(self, mark: str) -> None:
         super().__init__()
         self.mark = mark
-        self.layer = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
+        return x + 1
 
     @torch.jit.export
     def __getstate__(self) -> tuple[str, bool]:
@@ -157,17 +156,21 @@ class _Writes(nn.Module):
     def __setstate__(self, state: tuple[str, bool]) -> None:
         self.mark = state[0]
         self.training = state[1]
-        self.layer = nn.Linear(4, 4)
-        torch.save(torch.ones(1), state[0])
+        torch.save(torch.ones(1), self.mark)
 
 
-def test_torchscript_that_writes_files_when_it_is_opened_is_refused(tmp_path: Path) -> None:
-    mark = tmp_path / "written"
-    torch.jit.script(nn.Sequential(nn.Linear(8, 8))).save(str(tmp_path / "net.pt"))
+def test_torchscript_is_opened_only_where_it_is_trusted(tmp_path: Path) -> None:
+    mark, file = tmp_path / "written", tmp_path / "net.pt"
+    torch.jit.script(_Writes(str(mark))).save(str(file))
     with pytest.raises(ValidationError, match="may write and read files") as caught:
-        make(tmp_path / "net.pt", tmp_path / "out", "float16", input_shape=(1, 8))
+        make(file, tmp_path / "out", "float16", input_shape=(1, 8))
     assert "trust_program=True" in (caught.value.hint or "")
+    with pytest.raises(ValidationError, match="can run code"):
+        load_program(inspect_source(file), CoreMLOptions())
     assert not mark.exists()
+    # Why it has to be refused: torch has no way to open it without this.
+    torch.jit.load(file)
+    assert mark.exists()
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".npz"])
