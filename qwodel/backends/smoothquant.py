@@ -130,7 +130,7 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
             _export_options(job.format, job.options),
             job.progress,
         )
-        bits = exported.plan.weight_bytes * 8 / max(job.source.parameters, 1)
+        bits = exported.done.plan.weight_bytes * 8 / max(job.source.parameters, 1)
         job.report |= {"bits_per_weight": round(bits, 3), **report_of(exported)}
         job.report["read_by"] = "qwodel" if job.options.rotations == "all" else job.format.read_by
         self.log.info("relative errors of logits: %s", dict(exported.logits))

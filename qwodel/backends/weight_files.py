@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -23,10 +22,7 @@ from qwodel.checkpoint.plan.layer_config import LayerConfig, load_layer_config
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe
-from qwodel.checkpoint.run.convert import convert
-from qwodel.checkpoint.run.device_executor import executor_for, make_executor
-from qwodel.checkpoint.run.verify import LayerQuality, verify
-from qwodel.checkpoint.tensors import Action
+from qwodel.checkpoint.run.carry_out import carry_out
 from qwodel.devices import resolve_device
 from qwodel.exceptions import ConfigurationError
 from qwodel.output import require_space
@@ -94,20 +90,20 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
         reports: dict[str, RoundingReport] = {}
         if job.options.calibration_dataset is not None:
             plan, reports = self._calibrated(plan, job)
-        require_space(job.output.scratch, plan.output_bytes, f"making {job.output.final.name}")
-        device, workers = resolve_device(job.options.device), job.options.workers
-        if not plan.layout.single_file:
-            job.output.path.mkdir()
-        conversion = convert(
-            plan, job.output.path, executor=executor_for(device, workers), progress=job.progress
+        device = resolve_device(job.options.device)
+        done = carry_out(
+            plan,
+            job.output.path,
+            job.output.scratch,
+            device=device,
+            workers=job.options.workers,
+            rounding=reports,
+            written=job.output.written,
+            progress=job.progress,
         )
-        job.output.written()
-        quality = verify(conversion, executor=make_executor(workers), progress=job.progress)
-        job.report |= _report(plan, quality, job.source)
-        if reports := reports | dict(conversion.reports):
-            job.report["rounding"] = {layer: asdict(report) for layer, report in reports.items()}
-            self._tell(reports)
-        job.report |= {"device": str(device), "fell_back_to_cpu": list(conversion.fell_back)}
+        self._tell(done.rounding)
+        bits = plan.weight_bytes * 8 / max(job.source.parameters, 1)
+        job.report |= {"bits_per_weight": round(bits, 3), **done.report(), "device": str(device)}
 
     def _calibrated(self, plan: Plan, job: Job[WeightFileOptions]) -> tuple[Plan, dict[str, RoundingReport]]:
         from qwodel.modeling.calibrated import find_codes
@@ -134,33 +130,6 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
         for layer, report in reports.items():
             if report.note:
                 self.log.warning("%s is rounded without data: %s", layer, report.note)
-
-
-def _report(plan: Plan, quality: tuple[LayerQuality, ...], source: ModelSource) -> dict[str, Any]:
-    worst = sorted(quality, key=lambda layer: layer.sqnr_db)
-    return {
-        "bits_per_weight": round(plan.weight_bytes * 8 / max(source.parameters, 1), 3),
-        "layout": plan.layout.name,
-        "family": {
-            "name": plan.family.name,
-            "evidence": list(plan.family.evidence),
-            "filters": list(plan.family.filters if plan.recipe.filters is None else plan.recipe.filters),
-        },
-        "tensors": plan.counts(),
-        "kept": {
-            each.name: each.reason
-            for each in plan.tensors
-            if each.outputs and each.action is not Action.QUANTIZE
-        },
-        "dropped": {
-            **{each.name: each.reason for each in plan.tensors if not each.outputs},
-            **plan.dropped,
-        },
-        "sqnr_db": {layer.name: layer.reported_db for layer in quality},
-        "worst_layers": [layer.name for layer in worst[:_WORST_LAYERS]],
-        "quality": [layer.as_dict() for layer in quality],
-        "warnings": list(plan.warnings),
-    }
 
 
 def _layout(source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> Layout:

@@ -12,13 +12,12 @@ from typing import Any
 from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.plan.planning import build_plan
-from qwodel.checkpoint.run.convert import convert
-from qwodel.checkpoint.run.device_executor import executor_for, make_executor
-from qwodel.checkpoint.run.verify import LayerQuality, verify
+from qwodel.checkpoint.run.carry_out import CarriedOut, carry_out
+from qwodel.checkpoint.run.verify import LayerQuality
 from qwodel.exceptions import ValidationError
 from qwodel.hashes import SourceFiles
 from qwodel.int8.recipe import Int8Arguments
-from qwodel.output import StagedOutput, disk_errors, require_space
+from qwodel.output import StagedOutput, disk_errors
 from qwodel.report import envelope, source_facts
 from qwodel.side_files import files_beside
 from qwodel.untrusted import checked_path, kind_of
@@ -154,7 +153,6 @@ def convert_to_int8(
     """
     arguments = Int8Arguments.of(locals())
     target = checked_path(output_file)
-    executor = executor_for(arguments.device(), arguments.workers(), arguments.streaming())
     plan = _plan(checked_path(input_file), target, arguments)
     log.info("model family: %s", plan.family)
     source = Path(input_file)
@@ -163,17 +161,15 @@ def convert_to_int8(
         SourceFiles(plan.weight_files, files_beside(source) if source.is_dir() else ()) as files,
         disk_errors(f"writing {target.name}"),
     ):
-        require_space(output.scratch, plan.output_bytes, f"making {target.name}")
-        conversion = convert(plan, output.path, executor=executor)
-        output.written()
-        quality = verify(conversion, executor=make_executor(arguments.workers()))
-        report = {
-            "input": str(input_file),
-            "quality": [layer.as_dict() for layer in quality],
-            "warnings": list(plan.warnings),
-            "fell_back_to_cpu": list(conversion.fell_back),
-            "rounding": conversion.reports,
-        }
+        done = carry_out(
+            plan,
+            output.path,
+            output.scratch,
+            device=arguments.device(),
+            workers=arguments.workers(),
+            streaming=arguments.streaming(),
+            written=output.written,
+        )
         output.publish(
             envelope(
                 backend="int8",
@@ -181,11 +177,11 @@ def convert_to_int8(
                 source=source_facts(source, files.settled()),
                 recipe=asdict(arguments),
                 packages=("torch", "safetensors"),
-                report=report,
+                report={"input": str(input_file), **done.report()},
             )
         )
-    below = _report(quality, quality_threshold, report_quality)
-    return Int8Conversion(target, quality, below, plan.warnings, conversion.fell_back, conversion.reports)
+    below = _report(done, quality_threshold, report_quality)
+    return Int8Conversion(target, done.quality, below, plan.warnings, done.fell_back, done.rounding)
 
 
 def plan_int8(*args: Any, **kwargs: Any) -> Plan:
@@ -213,8 +209,8 @@ def _plan(source: Path, target: Path, arguments: Int8Arguments) -> Plan:
     return build_plan(source, arguments.recipe(), arguments.layout())
 
 
-def _report(quality: tuple[LayerQuality, ...], threshold: float, every_layer: bool) -> tuple[str, ...]:
-    worst_first = sorted(quality, key=lambda layer: layer.sqnr_db)
+def _report(done: CarriedOut, threshold: float, every_layer: bool) -> tuple[str, ...]:
+    worst_first = done.worst_first()
     for layer in worst_first if every_layer else ():
         log.info("%7.2f dB  %s", layer.sqnr_db, layer.name)
     below = tuple(layer.name for layer in worst_first if layer.sqnr_db < threshold)

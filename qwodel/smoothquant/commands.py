@@ -97,7 +97,9 @@ def export_int8_model(
             )
         )
     errors = ", ".join(f"{name} {value:.2g}" for name, value in exported.logits.items())
-    typer.echo(shown(f"{output_path}  ({len(exported.quality)} layers; relative errors of logits: {errors})"))
+    typer.echo(
+        shown(f"{output_path}  ({len(exported.done.quality)} layers; relative errors of logits: {errors})")
+    )
 
 
 def ppl_eval(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import Recipe
 from qwodel.checkpoint.rounding.methods import FromStore, Nearest
-from qwodel.checkpoint.run.convert import convert
-from qwodel.checkpoint.run.device_executor import executor_for, make_executor
-from qwodel.checkpoint.run.verify import LayerQuality, verify
-from qwodel.checkpoint.tensors import Action
+from qwodel.checkpoint.run.carry_out import CarriedOut, carry_out
 from qwodel.modeling.calibrated import find_codes
 from qwodel.modeling.calibration_batches import calibration_batches
 from qwodel.modeling.lazy_model import config_of
@@ -56,20 +53,18 @@ _INT8_MAX = 127
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: the engine's plan, each layer's quality, the smoothing, and how logits compare.
+    """What was written: the engine's run, the smoothing, and how logits compare.
 
     Attributes:
+        done: the plan and each layer's quality; how GPTQ found codes.
         logits: relative errors: ``int8`` of our INT8 model and ``transformers`` of transformers'
             reading against the same arithmetic simulated in fp32, ``int8_layer`` of our worst layer's outputs
             given the same inputs; ``float`` of the simulation against the source.
-        rounding: how GPTQ found each layer's codes; empty without it.
     """
 
-    plan: Plan
-    quality: tuple[LayerQuality, ...]
+    done: CarriedOut
     smoothed: Smoothed
     logits: Mapping[str, float]
-    rounding: Mapping[str, RoundingReport]
 
 
 def export_w8a8(
@@ -124,15 +119,13 @@ def _export(
     plan = _plan(model, folder, scales, options)
     del model
     plan, reports = _with_codes(plan, scratch / "codes", batches, options, progress)
-    target.mkdir()
-    conversion = convert(plan, target, executor=executor_for(torch.device("cpu"), 1), progress=progress)
-    quality = verify(conversion, executor=make_executor(1), progress=progress)
+    done = carry_out(plan, target, scratch, rounding=reports, progress=progress)
     expected = simulate_saved(target, plan, scheme, scales, probe)
     if scheme.rotate_inputs:
         _describe_as_ours(target, plan, scheme)
     rounding = relative_error(expected.logits["int8"], original)
     logits = {"float": rounding, **read_back(target, scheme, probe, expected, rounding)}
-    return Exported(plan, quality, smoothed, logits, reports)
+    return Exported(done, smoothed, logits)
 
 
 def _batches(source: Path, model: Any, options: ExportOptions) -> list[Mapping[str, torch.Tensor]]:
@@ -237,12 +230,9 @@ def _describe_as_ours(target: Path, plan: Plan, scheme: Scheme) -> None:
 
 def report_of(exported: Exported) -> dict[str, Any]:
     """What a manifest says of it."""
-    plan, smoothed = exported.plan, exported.smoothed
+    smoothed = exported.smoothed
     return {
-        "tensors": plan.counts(),
-        "kept": {each.name: each.reason for each in plan.tensors if each.action is not Action.QUANTIZE},
-        "sqnr_db": {each.name: each.reported_db for each in exported.quality},
-        "quality": [each.as_dict() for each in exported.quality],
+        **exported.done.report(),
         "smoothing": {
             "change": smoothed.change,
             "undone": list(smoothed.undone),
@@ -251,7 +241,5 @@ def report_of(exported: Exported) -> dict[str, Any]:
                 for each in smoothed.pairs
             },
         },
-        "rounding": {layer: asdict(report) for layer, report in exported.rounding.items()},
         "logits": dict(exported.logits),
-        "warnings": list(plan.warnings),
     }

@@ -51,7 +51,9 @@ class Mxfp8Decoder(ScaledDecoder):
     def factors(self, reader: TensorSource) -> torch.Tensor:
         stored = reader.get_tensor(self.scale).view(torch.uint8)
         exponents = unswizzle_scales(stored, *self.groups) if self.swizzled else stored
-        return torch.ldexp(torch.ones(exponents.shape, dtype=torch.float32), exponents.to(torch.int32) - _BIAS)
+        return torch.ldexp(
+            torch.ones(exponents.shape, dtype=torch.float32), exponents.to(torch.int32) - _BIAS
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def carry_out(
     workers: int = 1,
     streaming: StreamingOptions | None = None,
     rounding: Mapping[str, RoundingReport] | None = None,
+    written: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> CarriedOut:
     """Write what a plan says to ``destination``, a staging place, and read it back.
@@ -92,6 +93,7 @@ def carry_out(
         workers: processes on the CPU; with 1, threads of this one.
         streaming: what goes to the CPU although a device is there.
         rounding: how codes were found that are there already.
+        written: called when every byte is written, before it is read back.
 
     Raises:
         ResourceError: the disk has no room for it, or memory ran out.
@@ -105,6 +107,7 @@ def carry_out(
         destination.mkdir()
     executor = executor_for(device or torch.device("cpu"), workers, streaming)
     conversion = convert(plan, destination, executor=executor, progress=progress)
+    written()
     quality = verify(conversion, executor=make_executor(workers), progress=progress)
     reports = {**(rounding or {}), **conversion.reports}
     return CarriedOut(plan, quality, reports, tuple(conversion.fell_back))
