@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from qwodel.backends.base import BackendOptions
 from qwodel.calibration.options import CalibrationBatches
 from qwodel.checkpoint.plan.recipe import DEFAULT_SHARD_SIZE
+from qwodel.checkpoint.rounding.registry import METHODS, rounding_method
 
 __all__ = ["WeightFileOptions"]
 
 LayoutName = Literal["auto", "comfyui", "transformers"]
-Optimizer = Literal["auto", "none", "search", "gptq", "gptaq", "quip", "original", "adamw", "radam", "ppsf"]
+
+_METHODS = ", ".join(f"{method.name} {method.summary}" for method in METHODS.values())
+
+
+def _known_method(name: str) -> str:
+    return name if name == "auto" else rounding_method(name).name
+
+
+Optimizer = Annotated[str, AfterValidator(_known_method)]
 
 
 class WeightFileOptions(CalibrationBatches, BackendOptions):
@@ -30,9 +39,7 @@ class WeightFileOptions(CalibrationBatches, BackendOptions):
     )
     optimizer: Optimizer = Field(
         "auto",
-        description="How codes are chosen: none rounds to nearest, search looks for better scales, gptq and quip "
-        "make each column's error good in later ones, gptaq earlier layers' errors too, original, adamw, radam and ppsf learn the rounding; "
-        "auto is gptq with calibration data, else none or search by format.",
+        description=f"How codes are chosen: {_METHODS}; auto is gptq with calibration data, else none or search by format.",
     )
     calibration_data_path: str | None = Field(
         None, description="Statistics collected before, by qwodel calibrate or collect_statistics."

@@ -6,17 +6,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from qwodel.algorithms.converter_options import rounding_options
 from qwodel.algorithms.data_aware import DataAware
-from qwodel.algorithms.gptq import GptqOptions
 from qwodel.backends.weight_file_options import WeightFileOptions
-from qwodel.checkpoint.rounding.methods import (
-    FromStatistics,
-    FromStore,
-    Learned,
-    Nearest,
-    Rounding,
-    ScaleSearch,
+from qwodel.checkpoint.rounding.methods import FromStatistics, FromStore, Rounding
+from qwodel.checkpoint.rounding.registry import (
+    COLUMN_SETTINGS,
+    LEARNED_SETTINGS,
+    METHODS,
+    RoundingMethod,
+    rounding_method,
 )
 from qwodel.checkpoint.rounding.statistics import StatisticsFile
 from qwodel.exceptions import ConfigurationError
@@ -25,9 +23,8 @@ __all__ = ["data_aware", "rounding_of"]
 
 log = logging.getLogger(__name__)
 
-_LEARNED = ("num_iter", "lr", "lr_schedule", "top_p", "min_k", "max_k", "full_matrix", "seed")
-_BY_COLUMN = ("gptq", "gptaq", "quip")
-_COLUMNWISE = ("damping", "act_order")
+_WITH_DATA = "gptq"
+"""What ``auto`` stands for where there are data; without them each format has its own."""
 
 
 def rounding_of(options: WeightFileOptions) -> Rounding | None:
@@ -37,64 +34,74 @@ def rounding_of(options: WeightFileOptions) -> Rounding | None:
         ConfigurationError: options that contradict each other or would have no effect.
         CalibrationError: the statistics file is missing or holds none.
     """
-    method = options.optimizer
     data = options.calibration_dataset is not None or options.calibration_data_path is not None
-    if method == "auto" and data:
-        method = "gptq"
+    method = _method(options, data)
+    _check_data(options, method, data)
     _check_settings(options, method, data)
-    if data:
-        aware = data_aware(options)
-        if options.calibration_data_path is not None:
-            path = Path(options.calibration_data_path)
-            StatisticsFile(path).close()
-            return FromStatistics(path, aware, method)
-        return FromStore(Path(), method)
-    if method in _BY_COLUMN:
-        log.warning("%s has no calibration data to go by: scales are searched and codes rounded", method)
+    if method is None:
         return None
-    simple: dict[str, Rounding | None] = {"auto": None, "none": Nearest(), "search": ScaleSearch()}
-    return (
-        simple[method] if method in simple else Learned(rounding_options(method, _given(options, _LEARNED)))
-    )
+    if data:
+        if options.calibration_data_path is None:
+            return FromStore(Path(), method.name)
+        path = Path(options.calibration_data_path)
+        StatisticsFile(path).close()
+        return FromStatistics(path, data_aware(options), method.name)
+    if method.alone is None:
+        log.warning("%s has no calibration data to go by: scales are searched and codes rounded", method.name)
+        return None
+    return method.alone(_given(options, method.settings))
 
 
-def _check_settings(options: WeightFileOptions, method: str, data: bool) -> None:
-    """Refuse what would have no effect."""
+def data_aware(options: WeightFileOptions) -> DataAware:
+    """The data-aware method and its settings."""
+    method = _method(options, data=True)
+    assert method is not None
+    assert method.with_data is not None
+    return method.with_data(_given(options, method.settings))
+
+
+def _method(options: WeightFileOptions, data: bool) -> RoundingMethod | None:
+    if options.optimizer != "auto":
+        return rounding_method(options.optimizer)
+    return METHODS[_WITH_DATA] if data else None
+
+
+def _check_data(options: WeightFileOptions, method: RoundingMethod | None, data: bool) -> None:
+    """Refuse data that the method makes no use of."""
     if options.calibration_dataset is not None and options.calibration_data_path is not None:
         raise ConfigurationError("give calibration_dataset or calibration_data_path, not both")
-    if data and method in ("none", "search"):
+    if method is None:
+        return
+    if data and method.with_data is None:
         raise ConfigurationError(
-            f"optimizer={method!r} makes no use of calibration data", hint="pass optimizer='gptq', or no data"
+            f"optimizer={method.name!r} makes no use of calibration data",
+            hint="pass optimizer='gptq', or no data",
         )
-    if method == "gptaq" and options.calibration_data_path is not None:
+    if method.follows_errors and options.calibration_data_path is not None:
         raise ConfigurationError(
-            "gptaq follows the errors of quantized layers through the model, which statistics know nothing of",
+            f"{method.name} follows the errors of quantized layers through the model, which statistics know nothing of",
             hint="pass calibration_dataset, or optimizer='gptq'",
         )
-    learned, columnwise = _given(options, _LEARNED), _given(options, _COLUMNWISE)
-    if method not in ("original", "adamw", "radam", "ppsf"):
-        learned.pop("seed", None) if data else None
-        if learned:
-            raise ConfigurationError(
-                f"{', '.join(learned)} belong to learned rounding, and optimizer={method!r} does not learn",
-                hint="pass optimizer='original', 'adamw', 'radam' or 'ppsf'",
-            )
-    if columnwise and method not in _BY_COLUMN:
+
+
+def _check_settings(options: WeightFileOptions, method: RoundingMethod | None, data: bool) -> None:
+    """Refuse settings that would have no effect."""
+    own = () if method is None else method.settings
+    name = "auto" if method is None else method.name
+    for settings, kind in ((LEARNED_SETTINGS, "learned rounding"), (COLUMN_SETTINGS, "gptq, gptaq and quip")):
+        foreign = set(_given(options, settings)) - set(own)
+        if data:
+            foreign.discard("seed")  # of the choice of sequences, too
+        if not foreign:
+            continue
+        takers = [repr(entry.name) for entry in METHODS.values() if settings == entry.settings]
+        listed = ", ".join(each for each in settings if each in foreign)
         raise ConfigurationError(
-            f"{', '.join(columnwise)} belong to gptq, gptaq and quip, not to optimizer={method!r}",
-            hint="pass optimizer='gptq'",
+            f"{listed} belong to {kind}, not to optimizer={name!r}",
+            hint=f"pass optimizer={', '.join(takers[:-1])} or {takers[-1]}",
         )
     options.refuse_settings_without_text()
 
 
 def _given(options: WeightFileOptions, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(options, name)) is not None}
-
-
-def data_aware(options: WeightFileOptions) -> DataAware:
-    """The data-aware method and its settings."""
-    method = "gptq" if options.optimizer == "auto" else options.optimizer
-    columnwise = GptqOptions(**_given(options, _COLUMNWISE))
-    if method == "gptq" or method == "gptaq" or method == "quip":
-        return DataAware(method, columnwise)
-    return DataAware("learned", learned=rounding_options(method, _given(options, _LEARNED)))
