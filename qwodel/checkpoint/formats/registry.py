@@ -36,7 +36,8 @@ _WRITTEN = (
     *CASTS,
 )  # fmt: skip
 
-CODECS: Mapping[str, Codec] = MappingProxyType({codec.name: codec for codec in _WRITTEN})
+_BY_NAME = {codec.name: codec for codec in _WRITTEN}
+CODECS: Mapping[str, Codec] = MappingProxyType(_BY_NAME)
 """Every format that is written, by name, in the order a user should read them; block formats with 128×128 blocks."""
 
 RECOGNISERS: tuple[Callable[[StoredTensors, str], Recognised | None], ...] = (

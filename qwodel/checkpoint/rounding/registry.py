@@ -84,7 +84,8 @@ _ENTRIES = (
     _learned("ppsf", "learns it with ProdigyPlus"),
 )
 
-METHODS: Mapping[str, RoundingMethod] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
+_BY_NAME = {entry.name: entry for entry in _ENTRIES}
+METHODS: Mapping[str, RoundingMethod] = MappingProxyType(_BY_NAME)
 """Every method by name, in the order a user should read them."""
 
 
