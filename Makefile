@@ -40,6 +40,7 @@ check: $(VENV)/.dev  ## lint, types and import contracts
 format: $(VENV)/.dev  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python scripts/module_tree.py
 
 bench: $(VENV)/.dev  ## run the benchmarks, one table each
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

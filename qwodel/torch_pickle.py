@@ -49,11 +49,16 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A tensor as the pickle describes it; ``storage`` is equal for tensors that share memory."""
+    """A tensor as the pickle describes it; ``storage`` is equal for tensors that share memory.
+
+    ``offset`` counts elements into the storage; ``contiguous`` says that rows follow one another there.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     storage: str
+    offset: int = 0
+    contiguous: bool = True
 
     @property
     def numel(self) -> int:
@@ -195,7 +200,16 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any = (), *_:
         raise DamagedPickleError(
             f"a tensor of shape {list(shape)} in a storage of {storage.numel:,} elements"
         )
-    return PickledTensor(storage.dtype, shape, storage.key)
+    return PickledTensor(storage.dtype, shape, storage.key, offset, _is_contiguous(shape, stride))
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size > 1 and step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _rebuild_parameter(tensor: Any, *_: Any) -> PickledTensor:

@@ -10,7 +10,7 @@ from qwodel.exceptions import IntegrityError, ValidationError
 from qwodel.safetensors_files import checkpoint_files
 from qwodel.untrusted import foreign_errors, kind_of, open_regular
 
-__all__ = ["find_denoiser", "find_weights"]
+__all__ = ["TRAINING_FILES", "find_denoiser", "find_weights"]
 
 _FILE_FORMATS = {
     ".safetensors": "safetensors",
@@ -20,6 +20,9 @@ _FILE_FORMATS = {
     ".bin": "pytorch",
     ".pt2": "exported",
 }
+TRAINING_FILES = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
+"""What transformers' Trainer leaves beside the weights."""
+
 _DENOISERS = ("transformer", "unet", "prior")
 
 
@@ -105,5 +108,4 @@ def _splits(file: Path) -> list[Path]:
 
 
 def _holds_weights(file: Path) -> bool:
-    # transformers' Trainer leaves these beside the weights.
-    return file.name not in ("training_args.bin", "optimizer.bin", "scheduler.bin")
+    return file.name not in TRAINING_FILES

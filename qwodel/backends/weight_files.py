@@ -36,7 +36,7 @@ _WORST_LAYERS = 5
 class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
     """Safetensors in, safetensors with quantized weights out."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"huggingface", "safetensors"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"huggingface", "pytorch", "safetensors"})
     packages: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
     stages: ClassVar[Mapping[str, float]] = {"resolve": 1, "quantize": 60, "verify": 30, "publish": 2}
     options_type = WeightFileOptions

@@ -17,6 +17,7 @@ from typing import Self
 import torch
 
 from qwodel.checkpoint.files.dtypes import torch_dtype
+from qwodel.checkpoint.files.pickled import PICKLED, read_pickled_header
 from qwodel.exceptions import IntegrityError, ValidationError
 from qwodel.safetensors_files import (
     DTYPE_BITS,
@@ -29,8 +30,9 @@ from qwodel.safetensors_files import (
     read_index,
 )
 from qwodel.untrusted import kind_of
+from qwodel.weight_search import TRAINING_FILES
 
-__all__ = ["UnifiedSafetensorsLoader"]
+__all__ = ["UnifiedSafetensorsLoader", "weight_files_of"]
 
 
 class UnifiedSafetensorsLoader:
@@ -38,14 +40,15 @@ class UnifiedSafetensorsLoader:
 
     Args:
         path: a ``.safetensors`` file, or a directory that holds some (through
-            its index when there is one).
+            its index when there is one). PyTorch files are read in place, too, where there
+            are no safetensors; nothing in them is executed.
         low_memory: read each tensor with ranged reads into memory of its own,
             instead of mapping the files. A memory map is quicker for repeated
             access, but every page touched stays resident until
             :meth:`mark_processed`.
 
     Raises:
-        ValidationError: there are no safetensors files, two files hold the
+        ValidationError: there are no weight files, two files hold the
             same tensor, or the index says otherwise than the headers.
         IntegrityError: a file is truncated or damaged.
     """
@@ -53,7 +56,7 @@ class UnifiedSafetensorsLoader:
     def __init__(self, path: str | os.PathLike[str], low_memory: bool = False) -> None:
         self.path = Path(path)
         self.low_memory = low_memory
-        self._headers = [read_header(file) for file in _files(self.path)]
+        self._headers = [_header(file) for file in weight_files_of(self.path)]
         self._entries: dict[str, tuple[SafetensorsHeader, TensorEntry]] = {}
         for header in self._headers:
             for entry in header:
@@ -67,7 +70,8 @@ class UnifiedSafetensorsLoader:
         self._closed = False
 
     def _check_index(self) -> None:
-        index = find_index(self.path) if self.path.is_dir() else None
+        suffix = self._headers[0].path.suffix
+        index = find_index(self.path, suffix) if self.path.is_dir() else None
         if index is not None:
             files = {
                 name: header.path.relative_to(self.path).as_posix()
@@ -213,19 +217,27 @@ class UnifiedSafetensorsLoader:
         return self._maps[path]
 
 
-def _files(path: Path) -> list[Path]:
+def _header(path: Path) -> SafetensorsHeader:
+    return read_pickled_header(path) if path.suffix in PICKLED else read_header(path)
+
+
+def weight_files_of(path: Path) -> list[Path]:
+    """Return the weight files of a checkpoint, a file or a directory: safetensors, or else what torch.save wrote.
+
+    Raises:
+        ValidationError: there are none.
+    """
     kind = kind_of(path)
     if kind is None:
         raise ValidationError(f"{path} does not exist")
     if kind == "file":
         return [path]
-    files = checkpoint_files(path)
+    files = checkpoint_files(path) or checkpoint_files(path, ".bin")
     if not files:
         raise ValidationError(
-            f"{path} has no .safetensors files",
-            hint="pickled checkpoints (.bin, .pt) must be saved as safetensors first",
+            f"{path} has no .safetensors or .bin files", hint="give the directory that holds the weights"
         )
-    return files
+    return [file for file in files if file.name not in TRAINING_FILES]
 
 
 def _torch_shape(entry: TensorEntry) -> tuple[int, ...]:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from qwodel.checkpoint.families.model_family import ModelFamily
 from qwodel.checkpoint.files.output_tensor import OutputTensor
-from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
+from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader, weight_files_of
 from qwodel.checkpoint.files.writer import FilePlan
 from qwodel.checkpoint.layouts.layout import Layout
 from qwodel.checkpoint.plan.recipe import Recipe
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.display import shown
-from qwodel.safetensors_files import checkpoint_files
 
 __all__ = ["Plan"]
 
@@ -62,7 +61,7 @@ class Plan:
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The source's files that hold weights."""
-        return (self.source,) if self.source.is_file() else tuple(checkpoint_files(self.source))
+        return tuple(weight_files_of(self.source))
 
     @property
     def source_bytes(self) -> int:
