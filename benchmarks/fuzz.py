@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SLOW, WAIT, HANG = 1.0, 10.0, 60.0  # seconds: of the processor, then of the clock
+SLOW, WAIT, HANG, PREPARE = 1.0, 10.0, 60.0, 600.0  # seconds: of the processor, then of the clock
 PEAK_UNIT = 1 << 20 if sys.platform == "darwin" else 1 << 10
 
 
@@ -103,11 +103,12 @@ def attack(name: str, cases: int, seed: int) -> Outcome:
 
 def follow(pipe: Connection, outcome: Outcome, cases: int) -> bool:
     """Take in what the process says; return whether it came to its end."""
-    before = outcome.peak
+    before, patience = outcome.peak, PREPARE
     while outcome.cases < cases:
         try:
-            if not pipe.poll(HANG):
+            if not pipe.poll(patience):
                 return False
+            patience = HANG
             kind, seconds, peak, fault = pipe.recv()
         except EOFError:
             return False

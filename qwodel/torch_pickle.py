@@ -15,6 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ from qwodel.exceptions import IntegrityError, ValidationError
 from qwodel.plain_pickle import DamagedPickleError, PlainUnpickler, RefusedPickleError
 from qwodel.untrusted import open_regular
 
-__all__ = ["PickledTensor", "read_pickled_tensors"]
+__all__ = ["PickledTensor", "check_torch_file", "read_pickled_tensors"]
 
 _DTYPE_OF_STORAGE = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -85,23 +86,51 @@ def read_pickled_tensors(path: str | os.PathLike[str]) -> dict[str, PickledTenso
         IntegrityError: the archive is damaged.
     """
     path = Path(path)
-    with open_regular(path) as file:
-        try:
-            return _describe(file)
-        except DamagedPickleError as error:
-            raise IntegrityError(
-                f"{path} is a truncated torch checkpoint"
-                if str(error) == "truncated"
-                else f"{path} is a damaged torch checkpoint ({error})",
-                hint="download or save the file again",
-            ) from error
-        except RefusedPickleError as error:
-            raise ValidationError(
-                f"{path} cannot be read safely: {error}",
-                hint="only checkpoints of plain tensors are opened; save the state dict as safetensors",
-            ) from error
-        except OSError as error:
-            raise ValidationError(f"{path} cannot be read: {error.strerror or error}") from error
+    with open_regular(path) as file, _explained(str(path)):
+        return _describe(file)
+
+
+def check_torch_file(file: BinaryIO, where: str) -> None:
+    """Walk through the pickles of a torch file, before ``torch.load`` does; stand at its beginning again.
+
+    ``weights_only=True`` keeps code out, but a key of nested tuples ends the process, shared ones take
+    for ever to hash, and compressed records fill the memory. This finds those; what types are allowed
+    stays torch's to say.
+
+    Raises:
+        ValidationError: the file asks for more than its size.
+        IntegrityError: it is damaged.
+    """
+    with _explained(where):
+        if _is_archive(file):
+            PlainUnpickler(_pickle_of_archive(file), _any_class, _no_storage).load()
+        else:
+            file.seek(0)
+            unpickler = PlainUnpickler(file.read(), _any_class, _no_storage)
+            if unpickler.load() == _LEGACY_MAGIC:
+                for _ in range(4):  # version, system, content and storage keys
+                    unpickler.load()
+        file.seek(0)
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    try:
+        yield
+    except DamagedPickleError as error:
+        raise IntegrityError(
+            f"{where} is a truncated torch checkpoint"
+            if str(error) == "truncated"
+            else f"{where} is a damaged torch checkpoint ({error})",
+            hint="download or save the file again",
+        ) from error
+    except RefusedPickleError as error:
+        raise ValidationError(
+            f"{where} cannot be read safely: {error}",
+            hint="only checkpoints of plain tensors are opened; save the state dict as safetensors",
+        ) from error
+    except OSError as error:
+        raise ValidationError(f"{where} cannot be read: {error.strerror or error}") from error
 
 
 def _describe(file: BinaryIO) -> dict[str, PickledTensor]:
@@ -129,16 +158,17 @@ def _is_archive(file: BinaryIO) -> bool:
 
 
 def _pickle_of_archive(file: BinaryIO) -> bytes:
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
             found = [each for each in archive.infolist() if each.filename.endswith("/data.pkl")]
             if not found:
                 raise RefusedPickleError("the archive holds no data.pkl (a TorchScript or exported program?)")
-            # torch stores without compression; a pickle larger than its archive is a bomb.
+            # torch stores without compression; records larger than their archive are a bomb.
             packings = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if found[0].file_size > size or found[0].compress_type not in packings:
-                raise RefusedPickleError(f"its data.pkl of {found[0].file_size:,} bytes is compressed")
+            unpacked = sum(each.file_size for each in archive.infolist())
+            if unpacked > size or found[0].compress_type not in packings:
+                raise RefusedPickleError(f"it is compressed, and would become {unpacked:,} bytes")
             with archive.open(found[0]) as stream:
                 return stream.read(size + 1)
     except RefusedPickleError:
@@ -215,6 +245,18 @@ def _find_class(module: str, name: str) -> Callable[..., Any]:
     if found is None:
         raise RefusedPickleError(f"its pickle asks for {module[:100]}.{name[:100]}")
     return found
+
+
+def _any_class(_module: str, _name: str) -> Callable[..., Any]:
+    return _anything
+
+
+def _anything(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _no_storage(_pid: Any) -> None:
+    return None
 
 
 def _persistent_load(pid: Any) -> _Storage:

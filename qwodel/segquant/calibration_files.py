@@ -22,6 +22,7 @@ import torch
 from qwodel.exceptions import CalibrationError, DependencyError, IntegrityError
 from qwodel.extras import install_hint
 from qwodel.output import disk_errors
+from qwodel.torch_pickle import check_torch_file
 from qwodel.untrusted import checked_int, foreign_errors, kind_of, read_json_object, read_regular
 
 __all__ = ["Meta", "read_chunk", "read_meta", "require_zstd", "write_chunk", "write_meta"]
@@ -161,7 +162,9 @@ def read_chunk(folder: Path, meta: Meta, place: int) -> list[Mapping[str, Any]]:
     ):
         if meta.compress:
             data = _decompressed(data)
-        items: Any = torch.load(io.BytesIO(data), weights_only=True)
+        stream = io.BytesIO(data)
+        check_torch_file(stream, str(file))
+        items: Any = torch.load(stream, weights_only=True)
     if not isinstance(items, list) or len(items) != meta.chunk_lens[place]:
         raise IntegrityError(f"{file} holds no list of {meta.chunk_lens[place]:,} calls")
     for item in items:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwodel.exceptions import CalibrationError, ConfigurationError, ResourceError, ValidationError
+from qwodel.exceptions import (
+    CalibrationError,
+    ConfigurationError,
+    QuantizationError,
+    ResourceError,
+    ValidationError,
+)
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.smoothquant.observe import ActivationStatistics, mask_of, observe_activations
+from qwodel.torch_pickle import check_torch_file
 from qwodel.untrusted import checked_path, foreign_errors, kind_of
 
 __all__ = [
@@ -204,16 +212,28 @@ def load_activation_scales(path: str | os.PathLike[str]) -> dict[str, torch.Tens
             f"the activation scales {source} do not exist",
             hint="make them with generate_act_scales, or with compute_activation_scales",
         )
-    with foreign_errors(f"{source} is no file of activation scales"):
+    with _as_scales(source):
         if source.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             loaded: Any = load_file(source)
         else:
-            loaded = torch.load(source, map_location="cpu", weights_only=True)
+            with source.open("rb") as file:
+                check_torch_file(file, str(source))
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(name, str) for name in loaded):
         raise ValidationError(f"{source} is no file of activation scales: it holds no dictionary of vectors")
     return {name: _scales(value, f"{source}: the entry {name[:200]!r}") for name, value in loaded.items()}
+
+
+@contextmanager
+def _as_scales(source: Path) -> Iterator[None]:
+    what = f"{source} is no file of activation scales"
+    try:
+        with foreign_errors("it cannot be read"):
+            yield
+    except QuantizationError as error:
+        raise ValidationError(f"{what}: {error}", hint=error.hint) from error
 
 
 def _scales(value: Any, what: str) -> torch.Tensor:

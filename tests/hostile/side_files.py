@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zstandard
 from safetensors.torch import save
 
 from qwodel.algorithms.gram import InputStatistics
@@ -23,7 +24,7 @@ from qwodel.checkpoint.plan.layer_config import LayerConfig, load_layer_config
 from qwodel.checkpoint.rounding.statistics import StatisticsEntry, StatisticsFile, write_statistics
 from qwodel.smoothquant.calibration import load_activation_scales
 from tests.hostile.mutations import damaged_bytes, damaged_json, framed, rezipped, split_frame
-from tests.hostile.weight_files import Attempt
+from tests.hostile.weight_files import Attempt, pickle_bomb
 
 __all__ = ["activation_scales", "calibration_data", "importance_matrix", "layer_rules", "lora", "statistics"]
 
@@ -190,9 +191,7 @@ def activation_scales(folder: Path) -> Attempt:
         elif kind < 0.5:
             path.write_bytes(damaged_bytes(pickled, rng, [tensors]))
         elif kind < 0.7:
-            stream = rng.choice(
-                (b"\x80\x02}q\0X\1\0\0\0ah\0s.", b"\x80\x02N" + b"\x85" * 1000 + b".", b"\x80\x02Iabc\n.")
-            )
+            stream = pickle_bomb(rng)
             path.write_bytes(rezipped(pickled, {"/data.pkl": stream}))
         else:
             path.write_bytes(
@@ -257,8 +256,14 @@ def damaged_set(source: Path, target: Path, rng: random.Random) -> None:
         (target / "meta.json").write_bytes(damaged_json(meta, rng))
         return
     chunk = rng.choice(sorted(target.glob("chunk_*")))
-    raw = damaged_bytes(chunk.read_bytes(), rng)
+    raw = chunk.read_bytes()
+    if rng.random() < 0.3:
+        plain = zstandard.decompress(raw) if chunk.suffix == ".zst" else raw
+        bomb = rezipped(plain, {"/data.pkl": pickle_bomb(rng)})
+        raw = zstandard.compress(bomb) if chunk.suffix == ".zst" else bomb
+    else:
+        raw = damaged_bytes(raw, rng)
     chunk.write_bytes(raw)
-    if rng.random() < 0.7:
+    if rng.random() < 0.8:
         meta["sha256"][int(chunk.name[6:9])] = hashlib.sha256(raw).hexdigest()
         (target / "meta.json").write_text(json.dumps(meta))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import struct
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zstandard
 from safetensors.torch import save_file
 
 from qwodel import quantize
@@ -24,8 +27,11 @@ from qwodel.exceptions import (
     QuantizationError,
     ValidationError,
 )
+from qwodel.segquant import load_calibrate_set
+from qwodel.segquant.calibration_files import Meta, write_meta
 from qwodel.smoothquant.calibration import load_activation_scales
 from qwodel.source import inspect_source
+from tests.hostile.mutations import rezipped
 
 
 def test_a_model_whose_index_names_more_than_its_shards_hold_is_not_quantized(tmp_path: Path) -> None:
@@ -142,3 +148,44 @@ def test_layer_rules_take_no_time_and_say_what_they_cannot_do() -> None:
     assert time.process_time() - start < 5
     with pytest.raises(ConfigurationError, match="could take too long"):
         LayerConfig.from_mapping({"layer_patterns": {r"(a+)+\1$": {"skip": True}}})
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"\x80\x02}N" + b"\x85" * 3_000_000 + b"Ns.",
+        b"\x80\x02}N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"Ns.",
+    ],
+    ids=["nested", "shared"],
+)
+@pytest.mark.timeout(120)
+def test_keys_that_kill_torchs_own_unpickler_do_not_reach_it(tmp_path: Path, stream: bytes) -> None:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, buffer)
+    bomb = rezipped(buffer.getvalue(), {"/data.pkl": stream})
+    (tmp_path / "scales.pt").write_bytes(bomb)
+    with pytest.raises(ValidationError, match="dictionary key of type tuple"):
+        load_activation_scales(tmp_path / "scales.pt")
+    digest = hashlib.sha256(bomb).hexdigest()
+    meta = Meta({}, compress=False, chunk_size=1, chunk_lens=[1], sha256=[digest], complete=True)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "chunk_000.pt").write_bytes(bomb)
+    write_meta(folder, meta)
+    found = load_calibrate_set(folder, compress=False)
+    assert found is not None
+    with pytest.raises(ValidationError, match="dictionary key of type tuple"):
+        found[0]
+
+
+def test_a_small_chunk_does_not_become_a_large_one(tmp_path: Path) -> None:
+    bomb = zstandard.compress(bytes(1 << 28))
+    digest = hashlib.sha256(bomb).hexdigest()
+    write_meta(
+        tmp_path, Meta({}, compress=True, chunk_size=1, chunk_lens=[1], sha256=[digest], complete=True)
+    )
+    (tmp_path / "chunk_000.pt.zst").write_bytes(bomb)
+    found = load_calibrate_set(tmp_path)
+    assert found is not None
+    with pytest.raises(IntegrityError, match="compressed bytes would become 268,435,456"):
+        found[0]

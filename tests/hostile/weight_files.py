@@ -23,7 +23,7 @@ from qwodel.checkpoint.source.weights import read_weights
 from qwodel.source import inspect_source
 from tests.hostile.mutations import damaged_bytes, damaged_json, framed, rezipped, split_frame
 
-__all__ = ["Attempt", "gguf", "model_directory", "pickled", "quantized", "safetensors"]
+__all__ = ["Attempt", "gguf", "model_directory", "pickle_bomb", "pickled", "quantized", "safetensors"]
 
 Attempt = Callable[[random.Random], None]
 """One case: damages a file and reads it; raises what the library raises."""
@@ -67,7 +67,7 @@ def safetensors(folder: Path) -> Attempt:
     return attempt
 
 
-def _dictionary_bombs(rng: random.Random) -> bytes:
+def pickle_bomb(rng: random.Random) -> bytes:
     """Few bytes that ask for much: shared and cyclic dictionaries, memo indexes, nested keys, lengths."""
     levels = rng.choice((1, 5, 40))
     shared = b"".join(
@@ -81,7 +81,7 @@ def _dictionary_bombs(rng: random.Random) -> bytes:
         b"\x80\x02}q\0X\1\0\0\0ar" + big + b"h\0s.",
         b"\x80\x02N" + b"\x85" * 200_000 + b".",
         b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns.",
-        b"\x80\x02)q\0" + b"".join(b"h%c\x86q%c" % (0, 0) for _ in range(5)) + b".",
+        b"\x80\x02}N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(40)) + b"Ns.",
         b"\x80\x05\x96" + big + b"\0\0\0\0abc.",
         b"\x80\x02B" + big + b"abc.",
         b"\x80\x02X\2\0\0\0\xff\xfe.",
@@ -108,7 +108,7 @@ def pickled(folder: Path) -> Attempt:
         if kind < 0.4:
             content = rezipped(archive, {"/data.pkl": damaged_bytes(stream, rng, [pickle.dumps(state.keys)])})
         elif kind < 0.55:
-            content = rezipped(archive, {"/data.pkl": _dictionary_bombs(rng)})
+            content = rezipped(archive, {"/data.pkl": pickle_bomb(rng)})
         elif kind < 0.6:
             packing = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
             content = rezipped(archive, {"/data.pkl": bytes(1 << 22)}, packing)
