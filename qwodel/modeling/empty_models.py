@@ -129,6 +129,8 @@ _FLOATING = frozenset({"empty", "ones", "zeros", "rand", "randn", "linspace", "l
     f"{window}_window" for window in ("bartlett", "blackman", "hamming", "hann", "kaiser")
 }
 """Factories whose result has the default dtype unless they are told another."""
+_FROM_NUMBERS = frozenset({"tensor", "as_tensor", "scalar_tensor", "full", "arange", "range", "normal"})
+"""Factories whose result may have the default dtype, by what numbers they are given."""
 _EXPLICIT = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "view"})
 _RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}) | frozenset(
     f"{name}_"
@@ -173,6 +175,8 @@ class _Creating(TorchFunctionMode):
             return result
         if name in _FROM_NUMBERS:
             return func(*args, **given | {"dtype": self._dtype})
+        if name == "where":  # between two numbers, by a condition that must stay one
+            return result.to(self._dtype)
         return func(
             *map(self._promoted, args), **{key: self._promoted(value) for key, value in given.items()}
         )
@@ -181,17 +185,18 @@ class _Creating(TorchFunctionMode):
         """Whether a result is floating only because numbers that are not have become so."""
         if not isinstance(result, torch.Tensor) or result.dtype != torch.get_default_dtype():
             return False
-        return not any(
-            isinstance(each, torch.dtype) or getattr(getattr(each, "dtype", None), "is_floating_point", False)
-            for each in _flat(inputs)
-        )
+        return not any(isinstance(each, torch.dtype) or _floating(each) for each in _flat(inputs))
 
     def _promoted(self, value: Any) -> Any:
         """An integral tensor as torch's promotion would make it."""
         return value.to(self._dtype) if isinstance(value, torch.Tensor) else value
 
 
-_FROM_NUMBERS = frozenset({"tensor", "as_tensor", "scalar_tensor", "full", "arange", "range", "normal"})
+def _floating(value: Any) -> bool:
+    """Whether a tensor or an array, or a number of numpy's, brings a floating dtype of its own."""
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return getattr(getattr(value, "dtype", None), "kind", "") in ("f", "c")
 
 
 def _flat(values: Sequence[Any]) -> Iterator[Any]:

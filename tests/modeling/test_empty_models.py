@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
-from qwodel.modeling.empty_models import empty_transformers_model, parameters_on_meta, tie_weights
+from qwodel.modeling.empty_models import (
+    _Creating,
+    empty_transformers_model,
+    parameters_on_meta,
+    tie_weights,
+)
 
 from .tiny_models import _SMALL, ARCHITECTURES
 
@@ -132,3 +139,37 @@ def test_weights_are_tied_while_the_user_loads_another_model() -> None:
     tie_weights(model)
     thread.join()
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda: torch.ones(2),
+        lambda: torch.tensor([0.1, 2]),
+        lambda: torch.tensor([1, 2]),
+        lambda: torch.tensor([0.1], dtype=torch.float64),
+        lambda: torch.tensor(numpy.float32(0.1)),
+        lambda: torch.full((2,), 1 / 3),
+        lambda: torch.arange(0, 1001, 7) / 3,
+        lambda: torch.arange(0, 4) * 0.1,
+        lambda: 10000.0 ** (torch.arange(0, 1001, 2) / 1001),
+        lambda: torch.where(torch.arange(3) > 1, 0.1, 0.2),
+        lambda: torch.arange(3).float() / 3,
+        lambda: torch.arange(3).to(torch.float32),
+        lambda: torch.linspace(0, 1, 5),
+        lambda: torch.arange(4).sqrt(),
+        lambda: torch.zeros_like(torch.arange(3)),
+        lambda: torch.outer(torch.arange(3), torch.ones(3)),
+        lambda: torch.nn.functional.pad(torch.ones(3), (1, 1)),
+    ],
+)
+def test_numbers_are_those_of_another_default_dtype(create: Callable[[], torch.Tensor]) -> None:
+    with _Creating(torch.bfloat16):
+        found = create()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        expected = create()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)

@@ -44,7 +44,7 @@ class ImatrixEntry:
     def weights(self) -> Floats:
         """Return mean squared activations, flat; ones for matrices without data."""
         counts = self.counts[:, None]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             means = np.where(counts > 0, self.sums / counts, np.float32(1))
         return np.ascontiguousarray(means.reshape(-1), np.float32)
 
@@ -85,7 +85,8 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         except (OSError, ValueError, struct.error, IntegrityError) as error:
             raise CalibrationError(f"{path} is not a readable importance matrix: {error}") from error
     for name, entry in matrix.entries.items():
-        for values in (entry.sums, entry.counts):
+        # A count near zero makes a mean that no float holds.
+        for values in (entry.sums, entry.counts, entry.weights()):
             if not (np.isfinite(values).all() and (values >= 0).all()):
                 raise CalibrationError(
                     f"{path}: the entry of {name} has values that are negative or not finite",
