@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import qwodel.int8.convert as convert_module
+import qwodel.checkpoint.run.carry_out as convert_module
 from qwodel.checkpoint.run.executor import SerialExecutor
 from qwodel.devices import STREAMING_MODES, StreamingOptions, StreamingThresholds
 from qwodel.exceptions import ConfigurationError, ValidationError
