@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import qwodel.backends.weight_files as weight_files
+import qwodel.checkpoint.run.carry_out as carry_out
 import qwodel.checkpoint.run.tensor_work as tensor_work
 from qwodel.backends.fp8 import FP8Quantizer
 from qwodel.backends.int8 import INT8Quantizer
@@ -43,7 +43,7 @@ def single(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("backend", "formats"),
     [
-        (FP8Quantizer, ["fp8_e4m3", "fp8_e4m3_row", "fp8_e4m3_block", "fp8_e5m2"]),
+        (FP8Quantizer, ["fp8_e4m3", "fp8_e4m3_row", "fp8_e4m3_block", "fp8_e5m2", "mxfp8"]),
         (INT8Quantizer, ["int8_row", "int8_convrot", "int8_quip", "int8_tensor", "int8_block", "fp16"]),
     ],
 )
@@ -124,7 +124,7 @@ def test_what_the_device_could_not_take_is_in_the_manifest(
         return (yield from compute_tensor(plan, *arguments))
 
     monkeypatch.setattr(tensor_work, "compute_tensor", compute)
-    monkeypatch.setattr(weight_files, "executor_for", lambda device, _: PipelineExecutor(device))
+    monkeypatch.setattr(carry_out, "executor_for", lambda device, *_: PipelineExecutor(device))
     path = Quantizer("int8", single, tmp_path / "out").quantize("int8_row")
     manifest = json.loads(path.with_name("bare-int8_row.manifest.json").read_text())
     assert manifest["fell_back_to_cpu"] == [f"{LAYER}.weight"]
