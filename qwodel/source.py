@@ -21,7 +21,7 @@ from qwodel.model_config import read_config
 from qwodel.safetensors_files import check_index, find_index, read_header, read_index
 from qwodel.torch_pickle import read_pickled_tensors
 from qwodel.untrusted import checked_path, kind_of
-from qwodel.weight_search import find_denoiser, find_weights
+from qwodel.weight_search import denoiser_folder, find_weights
 
 __all__ = ["INPUT_FORMATS", "ModelSource", "TensorInfo", "inspect_source", "read_config"]
 
@@ -113,7 +113,7 @@ def inspect_source(
         raise ValidationError(
             f"{path} does not exist", hint="give a model directory, a model file or a hub id (owner/name)"
         )
-    denoiser = find_denoiser(path)
+    denoiser = denoiser_folder(path)
     kind, files = find_weights(denoiser or path)
     if denoiser is not None:
         kind = "diffusers"

@@ -28,7 +28,7 @@ __all__ = [
     "load_int8",
     "quantization_config",
     "replace_module",
-    "stored_tensors",
+    "tensor_files",
 ]
 
 OWN_FORMAT = "qwodel-int8"
@@ -172,7 +172,7 @@ class TensorReader:
         return tensor
 
 
-def stored_tensors(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     return {name: file for file in checkpoint_files(folder) for name in read_header(file).tensors}
 
 

@@ -15,7 +15,7 @@ from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.layouts.layout import Layout
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import Recipe
-from qwodel.checkpoint.run.convert import Conversion, convert
+from qwodel.checkpoint.run.convert import Conversion, convert_checkpoint
 from qwodel.checkpoint.run.device_executor import make_executor
 from qwodel.checkpoint.run.verify import LayerQuality, verify
 
@@ -77,7 +77,7 @@ def run(
     plan = build_plan(source, Recipe(format=storage_format(name, size), **recipe), layout)
     if not layout.single_file:
         destination.mkdir(parents=True, exist_ok=True)
-    conversion = convert(plan, destination, executor=make_executor(workers))
+    conversion = convert_checkpoint(plan, destination, executor=make_executor(workers))
     return conversion, {quality.name: quality for quality in verify(conversion)}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from qwodel.backends.awq.loading import check_architecture, context_length
+from qwodel.backends.awq.loading import check_architecture
 from qwodel.backends.awq.options import AWQOptions
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.calibration import describe_dataset
@@ -22,7 +22,7 @@ from qwodel.exceptions import (
     ValidationError,
 )
 from qwodel.hardware import CalibrationSizes, Fitted, available_memory, list_gpus, with_backoff
-from qwodel.model_config import read_config
+from qwodel.model_config import context_length, read_config, text_config
 from qwodel.output import require_space
 from qwodel.side_files import copy_side_files, side_files
 from qwodel.source import ModelSource
@@ -133,7 +133,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         import numpy as np
 
         from qwodel.backends.awq.compress import PROBE_TOKENS
-        from qwodel.backends.awq.verify import account, check_fused_layers, check_logits, stored_tensors
+        from qwodel.backends.awq.verify import account, check_fused_layers, check_logits, tensor_entries
 
         outcome, options, folder = fitted.value, job.options, job.output.path
         job.progress.stage("verify", "reading the directory back")
@@ -153,7 +153,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             folder, check_architecture(job.source.config), tokens[:1, :PROBE_TOKENS],
             outcome.probe_logits, _main_dtype(job.source),
         )  # fmt: skip
-        stored = stored_tensors(folder)
+        stored = tensor_entries(folder)
         packed = sum(
             entry.nbytes for name, entry in stored.items()
             if any(name.startswith(f"{layer}.weight_") for layer in _packed_layers(stored))
@@ -195,8 +195,8 @@ def _packed_layers(stored: Mapping[str, Any]) -> set[str]:
 def _write_tokens(job: Job[AWQOptions], sizes: CalibrationSizes) -> Path:
     import numpy as np
 
-    from qwodel.backends.awq.loading import load_tokenizer
     from qwodel.calibration import load_tokens
+    from qwodel.modeling.calibration_batches import load_tokenizer
 
     options = job.options
     tokens = load_tokens(
@@ -233,8 +233,6 @@ def _is_chat(item: Any) -> bool:
 
 
 def _vocabulary(source: ModelSource) -> int:
-    from qwodel.backends.awq.loading import text_config
-
     return int(text_config(source.config).get("vocab_size") or 0)
 
 
@@ -248,7 +246,6 @@ def _model_bytes(source: ModelSource) -> int:
 
 def _check_ties(source: ModelSource, folder: Path) -> None:
     """Refuse a result whose embeddings are tied where the source's were not, or the other way round."""
-    from qwodel.backends.awq.loading import text_config
 
     def tied(config: Mapping[str, Any]) -> Any:
         return text_config(config).get("tie_word_embeddings")

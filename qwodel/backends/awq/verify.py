@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qwodel.backends.awq.bridge import bridged
-from qwodel.backends.awq.loading import load_model, read_json
+from qwodel.backends.awq.loading import load_model
 from qwodel.exceptions import IntegrityError
+from qwodel.model_config import read_config
 from qwodel.process_state import AWQ_RUN, MODEL_BUILDING
 from qwodel.safetensors_files import TensorEntry, read_header
 from qwodel.source import ModelSource
 
-__all__ = ["FUSED", "account", "check_fused_layers", "check_logits", "stored_tensors"]
+__all__ = ["FUSED", "account", "check_fused_layers", "check_logits", "tensor_entries"]
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -29,7 +30,7 @@ _RELATIVE_BOUND = {"F32": 1e-3}
 _HALF_BOUND = 3e-2
 
 
-def stored_tensors(folder: Path) -> dict[str, TensorEntry]:
+def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     """Return name → header entry of every tensor in a directory's safetensors files."""
     found: dict[str, TensorEntry] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -76,11 +77,11 @@ def check_fused_layers(folder: Path, quantized: Iterable[str]) -> dict[str, Any]
     Raises:
         IntegrityError: one of these does not hold.
     """
-    config = read_json(folder / "config.json").get("quantization_config") or {}
+    config = read_config(folder).get("quantization_config") or {}
     if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
         raise IntegrityError(f"config.json does not describe packed weights: {json.dumps(config)[:200]}")
     weights = next(iter(config["config_groups"].values()))["weights"]
-    tensors = stored_tensors(folder)
+    tensors = tensor_entries(folder)
     packed = {name.rpartition(".")[0]: tensors[name] for name in tensors if name.endswith(f".{_PACKED}")}
     expected = {_PACKED, "weight_scale", "weight_shape"} | (
         set() if weights["symmetric"] else {"weight_zero_point"}
@@ -128,7 +129,7 @@ def _check_groups(tensors: Mapping[str, Any], packed: Mapping[str, Any]) -> int:
 
 def account(source: ModelSource, folder: Path) -> dict[str, list[str]]:
     """Return what became of the source's tensors: names ``quantized``, ``kept`` and ``dropped``."""
-    tensors = stored_tensors(folder)
+    tensors = tensor_entries(folder)
     fate: dict[str, list[str]] = {"quantized": [], "kept": [], "dropped": []}
     tied = bool(source.tied_embeddings)
     for name in source.tensors:

@@ -15,7 +15,7 @@ import torch
 from qwodel.backends.base import Job
 from qwodel.backends.coreml.build import Built
 from qwodel.backends.coreml.checks import WeightCheck, check_interface, check_size, check_weights
-from qwodel.backends.coreml.formats import Recipe, opset, output_type
+from qwodel.backends.coreml.formats import CoreMLRecipe, opset, output_type
 from qwodel.backends.coreml.mil.evaluate import Evaluator
 from qwodel.backends.coreml.mil.program import Program
 from qwodel.backends.coreml.options import CoreMLOptions
@@ -33,7 +33,7 @@ _FLOAT32_BYTES = 4
 
 def verify(
     job: Job[CoreMLOptions],
-    recipe: Recipe,
+    recipe: CoreMLRecipe,
     built: Built,
     original: Program,
     weights: list[Weight],
@@ -72,14 +72,14 @@ def verify(
         job.report["runtime"] = _compare_runtime(job, built, package)
 
 
-def _warn_of_noise(checks: list[WeightCheck], recipe: Recipe, log: logging.Logger) -> None:
+def _warn_of_noise(checks: list[WeightCheck], recipe: CoreMLRecipe, log: logging.Logger) -> None:
     worst = min(checks, key=lambda check: check.sqnr_db, default=None)
     if worst is not None and worst.sqnr_db < recipe.sqnr_db * 1.3:
         log.warning("%s keeps %.1f dB of %s, which is little", recipe.format, worst.sqnr_db, worst.label)
 
 
 def _evaluate(
-    job: Job[CoreMLOptions], recipe: Recipe, built: Built, written: Program, log: logging.Logger
+    job: Job[CoreMLOptions], recipe: CoreMLRecipe, built: Built, written: Program, log: logging.Logger
 ) -> dict[str, Any]:
     """Run the written program on the probes and compare it with the source's outputs."""
     wanted = job.options.evaluate

@@ -104,11 +104,11 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         _import_ahead()
         is_gguf = source.input_format == "gguf"
         kept = _kept_intermediate(job, outtype)
-        origin = list(source.weight_files) if is_gguf else [steps.convert(job, outtype)]
+        origin = list(source.weight_files) if is_gguf else [steps.run_converter(job, outtype)]
         headers = [read_gguf_header(file) for file in origin]
         _check_types(options, headers)
         matrix = importance_matrix(job, origin[0], headers)
-        fallbacks, loaded = steps.quantize(job, origin[0], headers, matrix.path if matrix else None)
+        fallbacks, loaded = steps.run_quantize(job, origin[0], headers, matrix.path if matrix else None)
         job.output.written()
         self._verify(job, headers, loaded)
         shown = {key: value for key, value in loaded.items() if not key.startswith("probe_")}

@@ -27,7 +27,7 @@ from qwodel.hardware import cpu_count
 from qwodel.progress import Progress
 from qwodel.source import ModelSource
 
-__all__ = ["Heartbeat", "convert", "intermediate_type", "quantize"]
+__all__ = ["Heartbeat", "intermediate_type", "run_converter", "run_quantize"]
 
 _WRITING = re.compile(r"Writing:\s*(\d+)%\|[^|]*\|\s*([\d.]+\w*)/([\d.]+\w*)")
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
@@ -66,7 +66,7 @@ class Heartbeat:
         self._progress.update(done, total, f"{message} ({time.monotonic() - self._since:.0f} s)")
 
 
-def convert(job: Job[GGUFOptions], outtype: str) -> Path:
+def run_converter(job: Job[GGUFOptions], outtype: str) -> Path:
     """Run llama.cpp's converter on the source directory and return the intermediate's path.
 
     Raises:
@@ -127,7 +127,7 @@ def _converter_error(failure: NativeFailure, source: ModelSource) -> Quantizatio
     )
 
 
-def quantize(
+def run_quantize(
     job: Job[GGUFOptions], origin: Path, headers: list[GGUFHeader], imatrix: Path | None
 ) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """Quantize ``origin`` into the staged output and load the result with llama.cpp.

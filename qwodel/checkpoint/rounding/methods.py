@@ -20,7 +20,7 @@ from qwodel.algorithms.gptq import BlockSolver
 from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
-from qwodel.algorithms.scales import Quantized, quantize, search_scale
+from qwodel.algorithms.scales import Quantized, quantize_matrix, search_scale
 from qwodel.algorithms.weight_rounding import round_weight
 from qwodel.checkpoint.rounding.code_store import CodeStore
 from qwodel.checkpoint.rounding.statistics import StatisticsFile
@@ -31,7 +31,7 @@ __all__ = [
     "LayerWeight",
     "Learned",
     "Nearest",
-    "Rounded",
+    "RoundedWeight",
     "Rounding",
     "ScaleSearch",
     "default_rounding",
@@ -39,7 +39,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rounded:
+class RoundedWeight:
     """A layer's codes and, from methods that have more to say, how they were found."""
 
     codes: Quantized
@@ -63,9 +63,9 @@ class LayerWeight:
     granularity: Granularity
     basis: Basis | None = None
 
-    def nearest(self, scale: torch.Tensor | None = None) -> Rounded:
+    def nearest(self, scale: torch.Tensor | None = None) -> RoundedWeight:
         """The nearest codes, by ``scale`` or the absolute maximum."""
-        return Rounded(quantize(self.weight, self.quant_type, self.granularity, scale))
+        return RoundedWeight(quantize_matrix(self.weight, self.quant_type, self.granularity, scale))
 
 
 class Rounding:
@@ -108,7 +108,7 @@ class Rounding:
         del folder
         return self
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> RoundedWeight:
         """Quantize a layer's weight, all of it or, where rows are apart, some of its rows."""
         raise NotImplementedError
 
@@ -127,7 +127,7 @@ class Nearest(Rounding):
         del granularity
         return True
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> RoundedWeight:
         return given.nearest()
 
 
@@ -140,7 +140,7 @@ class ScaleSearch(Rounding):
     def rows_apart(self, granularity: Granularity) -> bool:
         return granularity != TENSOR
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> RoundedWeight:
         return given.nearest(search_scale(given.weight, given.quant_type, given.granularity))
 
 
@@ -155,9 +155,9 @@ class Learned(Rounding):
     options: RoundingOptions = field(default_factory=RoundingOptions)
     name: str = field(default="learned", init=False)
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> RoundedWeight:
         learned = round_weight(given.weight, given.quant_type, given.granularity, self.options)
-        return Rounded(learned.quantized)
+        return RoundedWeight(learned.quantized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ class FromStatistics(Rounding):
     def needs(self, shape: tuple[int, ...]) -> Mapping[str, int]:
         return {"hadamard": math.prod(shape), "hessian": shape[1], "ldlq": shape[1]}
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> RoundedWeight:
         file = self.path.stat()
         statistics = _statistics(self.path, file.st_mtime_ns, file.st_size).read(given.layer)
         if statistics is not None and statistics.gram is not None:
@@ -197,7 +197,7 @@ class FromStatistics(Rounding):
         done = round_together(
             [given.weight], given.quant_type, given.granularity, statistics, self.options, solver=solver
         )[0]
-        return Rounded(done.codes, done.report)
+        return RoundedWeight(done.codes, done.report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +223,8 @@ class FromStore(Rounding):
     def with_codes_in(self, folder: Path) -> Rounding:
         return replace(self, folder=folder)
 
-    def round(self, given: LayerWeight) -> Rounded:
-        return Rounded(_store(self.folder).get(given.layer))
+    def round(self, given: LayerWeight) -> RoundedWeight:
+        return RoundedWeight(_store(self.folder).get(given.layer))
 
 
 @lru_cache(maxsize=4)

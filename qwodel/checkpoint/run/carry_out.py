@@ -11,7 +11,7 @@ import torch
 
 from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.plan.plan import Plan
-from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.convert import convert_checkpoint
 from qwodel.checkpoint.run.device_executor import executor_for, make_executor
 from qwodel.checkpoint.run.verify import LayerQuality, verify
 from qwodel.checkpoint.tensors import Action
@@ -106,7 +106,7 @@ def carry_out(
     if not plan.layout.single_file:
         destination.mkdir()
     executor = executor_for(device or torch.device("cpu"), workers, streaming)
-    conversion = convert(plan, destination, executor=executor, progress=progress)
+    conversion = convert_checkpoint(plan, destination, executor=executor, progress=progress)
     written()
     quality = verify(conversion, executor=make_executor(workers), progress=progress)
     reports = {**(rounding or {}), **conversion.reports}
