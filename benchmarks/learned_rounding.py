@@ -174,8 +174,8 @@ def measure(
         form = GramObjective(gram.float())
         total = [float(form.evaluate(w - weight.float())[0].norm()) for w in (dequantized, reference)]
         score.output_objective += total[0] / total[1]
-    score.weight += quality.weight_sqnr
-    score.output += quality.output_sqnr or 0.0
+    score.weight += quality.sqnr_db
+    score.output += quality.output_sqnr_db or 0.0
     score.changed += share_changed(weight, dequantized, scale)
     score.seconds += seconds
     score.slowest = max(score.slowest, seconds)

@@ -18,6 +18,7 @@ from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
 from qwodel.algorithms.scale_choice import check_gram
 from qwodel.algorithms.scales import Quantized, quantize_matrix, search_scale
 from qwodel.algorithms.weight_rounding import round_weight
+from qwodel.report import decibels
 
 __all__ = [
     "DataAware",
@@ -193,4 +194,5 @@ def _learned(
 
 
 def _decibels(signal: float, noise: float) -> float | None:
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    ratio = decibels(signal, noise) if signal > 0 else -math.inf
+    return ratio if math.isfinite(ratio) else None

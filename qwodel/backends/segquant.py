@@ -113,12 +113,15 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """SegQuant's formats, by name."""
         return MappingProxyType({spec.name: spec for spec in _FORMATS})
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: SegQuantOptions) -> str:
+        """``<model>-<format>``, a directory."""
         return f"{source.name}-{spec.name}"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model that is quantized already, with ValidationError."""
         if config.get("quantization_config"):
             raise ValidationError(
                 "the model is quantized already",
@@ -126,6 +129,12 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
             )
 
     def check(self, source: ModelSource, spec: FormatSpec, options: SegQuantOptions) -> None:
+        """Refuse what is no diffusers model, and options that do not suit it.
+
+        Raises:
+            ValidationError: no model or pipeline of diffusers.
+            ConfigurationError: a bad or unusable option.
+        """
         if not source.config.get("_class_name"):
             raise ValidationError(
                 f"{source.given} is no model or pipeline of diffusers (its config.json names no _class_name)",
@@ -184,6 +193,7 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
             sampling_inputs(options.calibration_inputs)
 
     def run(self, job: Job[SegQuantOptions]) -> None:
+        """Record the denoiser's inputs, quantize layer by layer, save, and read back."""
         from qwodel.segquant.export import Denoiser
 
         require_space(job.output.scratch, size_of(job.source.path), f"making {job.output.final.name}")

@@ -144,4 +144,5 @@ class Int8Experts(nn.Module):
         return rescale(product, rounded.scale, scale.T, None, dtype)
 
     def extra_repr(self) -> str:
+        """Number of experts and shape of one's gate and up projections."""
         return f"{self.count} experts, {tuple(self.gate_up_proj.shape[1:])}"

@@ -214,5 +214,6 @@ class Int8Linear(nn.Module):
         return tensor_scale(rows) if self.activations == "tensor" and rows.numel() else None
 
     def extra_repr(self) -> str:
+        """Sizes, and how inputs are rounded and rotated."""
         rotated = f", rotation={self.rotation}" if self.rotation else ""
         return f"{self.in_features}, {self.out_features}, activations={self.activations}{rotated}"

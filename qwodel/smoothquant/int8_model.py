@@ -137,7 +137,7 @@ class Int8ForCausalLM(nn.Module):
         return cls(model.eval())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformers model's own forward pass: ``input_ids``, ``attention_mask``, …"""
+        """The transformers model's own forward pass, with its arguments."""
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -72,6 +72,7 @@ class Smoothed:
 
     @property
     def undone(self) -> tuple[str, ...]:
+        """Names of those producers."""
         return tuple(each.producer for each in self.pairs if each.change is not None)
 
 

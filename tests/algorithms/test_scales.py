@@ -5,7 +5,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as ct_dequantize
-from compressed_tensors.quantization.lifecycle.forward import quantize_matrix as ct_quantize
+from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 from hypothesis import given, settings
 
 from qwodel.algorithms import tiles

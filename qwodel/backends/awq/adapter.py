@@ -60,19 +60,30 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """Weight-only formats of compressed-tensors, by name."""
         return _FORMATS
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any], base: AWQOptions | None = None) -> AWQOptions:
+        """Validate options, the calibration options' other spellings among them."""
         return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: AWQOptions) -> str:
+        """``<model>-AWQ-<format>``, a directory."""
         return f"{source.name}-AWQ-{spec.name}"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model that generates no text or is quantized already, with ValidationError."""
         check_architecture(config)
 
     def check(self, source: ModelSource, spec: FormatSpec, options: AWQOptions) -> None:
+        """Refuse what cannot end well before anything is loaded.
+
+        Raises:
+            ValidationError: a file, or an architecture AWQ does not take.
+            CalibrationError: text has to be tokenized, and there is no tokenizer.
+            ConfigurationError: more processes than GPUs or samples.
+        """
         if source.path.is_file() or not source.config:
             raise ValidationError(
                 f"{source.given} has no config.json", hint="give the directory that save_pretrained wrote"
@@ -101,6 +112,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             )
 
     def run(self, job: Job[AWQOptions]) -> None:
+        """Search scales in child processes, with smaller sizes where memory runs out; save; read back."""
         from qwodel.backends.awq.sizes import starting_sizes
 
         require_space(job.output.final.parent, job.source.weight_bytes, f"making {job.output.final.name}")

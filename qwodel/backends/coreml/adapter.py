@@ -34,17 +34,26 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """Formats of Core ML's compressed weights, by name."""
         return format_specs()
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: CoreMLOptions) -> str:
+        """``<model>-<format>``, a directory with the package in it."""
         return f"{source.name}-{spec.name}"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model that cannot be traced, with ValidationError."""
         from qwodel.backends.coreml.models import classify
 
         classify(config)
 
     def check(self, source: ModelSource, spec: FormatSpec, options: CoreMLOptions) -> None:
+        """Refuse options that do not suit the model, the format or the deployment target.
+
+        Raises:
+            ConfigurationError: an option that means nothing here, or a target too old for the format.
+            ValidationError: a model that cannot be traced.
+        """
         from qwodel.backends.coreml.dimensions import check_options, text_dimensions
         from qwodel.backends.coreml.mil.evaluate import known_operations
         from qwodel.backends.coreml.models import ModelKind
@@ -69,10 +78,12 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
     def stage_weights(
         self, source: ModelSource, spec: FormatSpec, options: CoreMLOptions
     ) -> Mapping[str, float]:
+        """Shares of time: palettes take longest, then integers, then casts."""
         quantize = {"float": 5, "linear": 30, "palette": 60}[resolve(spec.name, options).kind]
         return {"resolve": 1, "convert": 60, "quantize": quantize, "verify": 15, "publish": 1}
 
     def run(self, job: Job[CoreMLOptions]) -> None:
+        """Trace, convert, compress the weights, write the package, and read it back."""
         from qwodel.backends.coreml.build import build
         from qwodel.backends.coreml.mil.program import Program
         from qwodel.backends.coreml.package import copy_beside, write_package

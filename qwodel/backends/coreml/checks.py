@@ -15,8 +15,9 @@ from qwodel.backends.coreml.mil import compression  # noqa: F401 - registers the
 from qwodel.backends.coreml.mil.program import MilOperation, Program
 from qwodel.backends.coreml.mil.registry import OPERATIONS
 from qwodel.backends.coreml.weights import Weight
-from qwodel.evaluation.quality import sqnr
+from qwodel.evaluation.quality import tensor_quality
 from qwodel.exceptions import IntegrityError
+from qwodel.report import TensorQuality
 
 __all__ = ["WeightCheck", "check_interface", "check_size", "check_weights", "decode"]
 
@@ -31,12 +32,11 @@ _SIZE_SLACK = 1 << 17  # small constants and 64-byte records
 
 @dataclass(frozen=True, slots=True)
 class WeightCheck:
-    """A compressed weight as read back: its operation, groups that share a scale or palette, SQNR in dB."""
+    """A compressed weight as read back: its quality, operation, and groups that share a scale or palette."""
 
-    label: str
+    quality: TensorQuality
     operation: str
     groups: int
-    sqnr_db: float
 
 
 def check_interface(
@@ -152,14 +152,14 @@ def _check_weight(
         what = "a code is not that of the palette's nearest entry"
     if bool((error > limit).any()):
         raise IntegrityError(f"{weight.label} was not stored as {recipe.describe()}: {what}")
-    kept = sqnr(source, dense)
-    if kept < recipe.sqnr_db:
+    quality = tensor_quality(weight.label, source, dense)
+    if quality.sqnr_db < recipe.sqnr_db:
         raise IntegrityError(
-            f"{recipe.format} keeps only {kept:.1f} dB of {weight.label}, and {recipe.sqnr_db:g} dB is the least that makes sense",
+            f"{recipe.format} keeps only {quality.sqnr_db:.1f} dB of {weight.label}, and {recipe.sqnr_db:g} dB is the least that makes sense",
             hint="outliers share a scale or palette with small weights: pass a smaller group_size, "
             f"or exclude_layers=[{weight.label!r}]",
         )
-    return WeightCheck(weight.label, operation.type, groups, kept)
+    return WeightCheck(quality, operation.type, groups)
 
 
 def _step(written: Program, operation: MilOperation, source: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -205,7 +205,7 @@ def check_size(
     Raises:
         IntegrityError: the weights take more.
     """
-    groups = {check.label: check.groups for check in checks}
+    groups = {check.quality.name: check.groups for check in checks}
     per_group = (1 << recipe.bits) * 2 if recipe.kind == "palette" else 3
     nominal = 0.0
     for weight in weights:

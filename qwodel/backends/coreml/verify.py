@@ -60,10 +60,8 @@ def verify(
         "operations": written.counts(),
         "compressed": dict(Counter(check.operation for check in checks)),
         "kept": {weight.label: weight.kept for weight in weights if weight.kept and recipe.kind != "float"},
-        "groups": {check.label: check.groups for check in checks},
-        "sqnr_db": {
-            check.label: round(check.sqnr_db, 2) if math.isfinite(check.sqnr_db) else None for check in checks
-        },
+        "groups": {check.quality.name: check.groups for check in checks},
+        "sqnr_db": {check.quality.name: check.quality.reported_db for check in checks},
         "trace_error": built.proof,
     }
     _warn_of_noise(checks, recipe, log)
@@ -73,9 +71,9 @@ def verify(
 
 
 def _warn_of_noise(checks: list[WeightCheck], recipe: CoreMLRecipe, log: logging.Logger) -> None:
-    worst = min(checks, key=lambda check: check.sqnr_db, default=None)
+    worst = min((check.quality for check in checks), key=lambda quality: quality.sqnr_db, default=None)
     if worst is not None and worst.sqnr_db < recipe.sqnr_db * 1.3:
-        log.warning("%s keeps %.1f dB of %s, which is little", recipe.format, worst.sqnr_db, worst.label)
+        log.warning("%s keeps %.1f dB of %s, which is little", recipe.format, worst.sqnr_db, worst.name)
 
 
 def _evaluate(

@@ -31,6 +31,7 @@ from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityErr
 from qwodel.gguf_header import GGML_TYPES, GGUFHeader, read_gguf_header
 from qwodel.name_patterns import name_pattern
 from qwodel.output import require_space
+from qwodel.report import finite_db
 from qwodel.source import ModelSource
 
 __all__ = ["GGUFQuantizer"]
@@ -53,19 +54,29 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """llama.cpp's file types, by name."""
         return format_specs()
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any], base: GGUFOptions | None = None) -> GGUFOptions:
+        """Validate options, the calibration options' other spellings among them."""
         return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> str:
+        """``<model>-<format>.gguf``."""
         return f"{_model_name(source)}-{spec.name}.gguf"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse an architecture that llama.cpp's converter does not take, with ValidationError."""
         converter().check_architecture(config)
 
     def check(self, source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> None:
+        """Refuse options that contradict one another, and formats without the importance matrix they need.
+
+        Raises:
+            ConfigurationError: options that exclude each other, or a missing importance matrix.
+            ValidationError: a model llama.cpp does not take.
+        """
         if options.imatrix is not None and options.calibration_dataset is not None:
             raise ConfigurationError(
                 "imatrix and calibration_dataset exclude each other",
@@ -88,6 +99,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
     def stage_weights(
         self, source: ModelSource, spec: FormatSpec, options: GGUFOptions
     ) -> Mapping[str, float]:
+        """Shares of time: types that search a grid take ten times as long, and calibration takes long too."""
         # Grid types search; the others round.
         slow = file_type(spec.name).main_type.startswith("IQ")
         weights: dict[str, float] = {"resolve": 1, "quantize": 400 if slow else 30, "verify": 4, "publish": 1}
@@ -98,6 +110,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         return weights
 
     def run(self, job: Job[GGUFOptions]) -> None:
+        """Convert, compute the importance matrix where asked for, quantize, and check the file as llama.cpp reads it."""
         source, options = job.source, job.options
         outtype = steps.intermediate_type(source)
         _require_space(job, outtype)
@@ -155,9 +168,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         job.report |= {
             "bits_per_weight": round(output.tensor_bytes * 8 / max(output.parameters, 1), 3),
             "tensor_types": dict(Counter(tensor.type for tensor in output.tensors.values())),
-            "sqnr_db": {
-                name: round(value, 2) if math.isfinite(value) else None for name, value in quality.items()
-            },
+            "sqnr_db": {name: finite_db(value) for name, value in quality.items()},
             "tokenizer": tokenizer,
             "dropped": dropped,
             "converter": lock()["release"],

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from qwodel.exceptions import IntegrityError
 from qwodel.gguf_header import GGML_TYPES, GGUFArray, GGUFHeader, GGUFTensor
+from qwodel.report import decibels
 from qwodel.untrusted import foreign_errors, kind_of, read_json, read_regular
 
 __all__ = [
@@ -248,11 +249,7 @@ def decode_rows(
 
 
 def sqnr_db(reference: npt.NDArray[np.float32], estimate: npt.NDArray[np.float32]) -> float:
-    """Return 10·log₁₀(Σx² / Σ(x−x̂)²); infinite where nothing differs, and minus infinity where x̂ is not finite."""
-    if not np.isfinite(estimate).all():
-        return -math.inf
+    """Return 10·log₁₀(Σx² / Σ(x−x̂)²); see :func:`~qwodel.report.decibels`."""
     noise = float(np.square(reference - estimate, dtype=np.float64).sum())
     signal = float(np.square(reference, dtype=np.float64).sum())
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return decibels(signal, noise)

@@ -94,6 +94,7 @@ def _read_request() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Do the task named on the command line, send its result or its failure to the parent, and end the process."""
     task, descriptor = sys.argv[1], int(sys.argv[2])
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
     request = _read_request()

@@ -56,6 +56,7 @@ class WorkerFactory:
     paths: Mapping[str, Path]
 
     def __call__(self) -> TensorWorker:
+        """Open a worker, with files of its own."""
         return TensorWorker(self)
 
 
