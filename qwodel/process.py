@@ -47,6 +47,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 _INTERRUPTED = 130
+
 _CODES: Sequence[tuple[tuple[type[Exception], ...], int]] = (
     ((ValidationError, ConfigurationError, BackendNotFoundError), 2),
     ((DependencyError,), 3),
@@ -104,7 +105,7 @@ def show_error(error: BaseException, *, verbose: bool) -> bool:
     if not isinstance(error, QuantizationError):
         return False
     if verbose:
-        for line in "".join(traceback.format_exception(error)).splitlines():
+        for line in "".join(_without_hint(error).format()).splitlines():
             warn(line)
         for line in getattr(error.__cause__, "lines", ()):
             warn(f"  | {line}")
@@ -112,6 +113,16 @@ def show_error(error: BaseException, *, verbose: bool) -> bool:
     if error.hint:
         warn(f"hint: {error.hint}")
     return True
+
+
+def _without_hint(error: QuantizationError) -> traceback.TracebackException:
+    """The error's traceback without the note of its hint, which is printed below it."""
+    told = traceback.TracebackException.from_exception(error)
+    # Unset where there was none, and typed as what format() takes.
+    told.__notes__ = [
+        note for note in getattr(told, "__notes__", None) or () if note != f"hint: {error.hint}"
+    ]
+    return told
 
 
 def prepare_process() -> None:
