@@ -29,7 +29,7 @@ quickstart: $(VENV)/.gguf  ## quantize a small model to GGUF and let it speak
 	$(BIN)/qwodel quickstart
 
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev  ## lint, types and import contracts
 	$(BIN)/ruff check .

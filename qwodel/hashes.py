@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from qwodel.exceptions import IntegrityError, ValidationError
+from qwodel.exhaustion import exhaustion
 
 __all__ = [
     "FileHashes",
@@ -60,19 +61,22 @@ class FileHashes:
         self._files = list(files)
         self._stop = threading.Event()
         self._hashes: dict[str, str] = {}
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="qwodel-hashes", daemon=True)
-        self._thread.start()
+        with exhaustion("starting a thread that hashes files"):
+            self._thread.start()
 
     def _run(self) -> None:
         try:
-            for file in self._files:
-                self._hashes[file.name] = _sha256(file, self._stop)
-        except OSError as error:
+            with exhaustion("hashing files"):
+                for file in self._files:
+                    self._hashes[file.name] = _sha256(file, self._stop)
+        except BaseException as error:
+            # A thread's own end would leave the hashes incomplete, and nobody would hear of it.
             self._error = error
 
     def result(self) -> dict[str, str]:
-        """Wait, and return file name → hexadecimal digest."""
+        """Wait, and return file name → hexadecimal digest; raise what the thread failed with."""
         self._thread.join()
         if self._error is not None:
             raise self._error

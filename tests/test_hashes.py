@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qwodel.exceptions import IntegrityError
+from qwodel import hashes
+from qwodel.exceptions import IntegrityError, ResourceError
 from qwodel.hashes import FileHashes, OutputHashes, SourceFiles, check_outputs, describes, hash_outputs
 
 
@@ -113,3 +115,23 @@ def test_what_changes_after_it_was_hashed_is_hashed_again(tmp_path: Path) -> Non
     assert hashes.result() == hash_outputs(tmp_path)
     assert set(hashes.result()) == {"kept", "changed", "added"}
     hashes.stop()
+
+
+def test_a_thread_that_fails_otherwise_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+
+    def fails(*_: object) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(hashes, "_sha256", fails)
+    with pytest.raises(ResourceError, match="memory ran out while hashing files"):
+        FileHashes([tmp_path / "a"]).result()
+
+
+def test_no_thread_to_be_had_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(ResourceError, match="no more processes or threads"):
+        FileHashes([tmp_path / "a"])

@@ -210,7 +210,7 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
             on_layer=lambda done, total, name: progress.update(done, total, name),
         )
         progress.update(1, 1, "writing")
-        job.report |= denoiser.save(job.output.path, max_shard_size=options.max_shard_size)
+        job.report["bits_per_weight"] = denoiser.save(job.output.path, max_shard_size=options.max_shard_size)
         job.output.written()
         progress.stage("verify", "reading the files back")
         denoiser.read_back(job.output.path)

@@ -123,7 +123,7 @@ class Denoiser:
         error = float((self._expected - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
         return _described(report) | {"outputs_sqnr": round(decibels(1.0, max(error, 1e-30)), 2)}
 
-    def save(self, path: Path, *, max_shard_size: int) -> dict[str, Any]:
+    def save(self, path: Path, *, max_shard_size: int) -> float:
         """Write the model, or the pipeline with it, and all side files; return the bits a weight takes."""
         target = path / self.folder
         target.mkdir(parents=True)
@@ -131,7 +131,7 @@ class Denoiser:
         copy_side_files(side_files(self.source.path, pipeline=bool(self.folder), quantized=replaced), path)
         save_quantized(self.model, target, max_shard_size=max_shard_size)
         stored = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-        return {"bits_per_weight": round(stored * 8 / max(self.source.parameters, 1), 3)}
+        return round(stored * 8 / max(self.source.parameters, 1), 3)
 
     def read_back(self, path: Path) -> None:
         """Open what was written as users will; compare every tensor, and the outputs.

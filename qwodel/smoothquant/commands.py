@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from qwodel.calibration.texts import local_path
 from qwodel.display import shown
 from qwodel.exceptions import ConfigurationError
 from qwodel.process import main_of
+from qwodel.untrusted import checked_path, kind_of
 
 __all__ = ["TOOLS", "application", "export_int8_model", "generate_act_scales", "ppl_eval"]
 
@@ -179,7 +179,7 @@ def _check_suffix(path: Path) -> None:
 
 
 def _dataset(name: str, config: str | None) -> str:
-    if config is None or local_path(name) is not None:
+    if config is None or kind_of(checked_path(name)) is not None:
         return name
     return config if config.casefold() in ("wikitext-2", "wikitext-103") else f"{name}:{config}"
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -152,11 +153,11 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         copy_side_files(side_files(job.source.path), folder)
         job.output.written()
         fused = check_fused_layers(folder, outcome.quantized)
-        fate = account(job.source, folder)
+        fates = account(job.source, folder)
         _check_ties(job.source, folder)
-        if fate["dropped"]:
+        if fates.dropped:
             self.log.warning(
-                "%d source tensors are not in the result: %s …", len(fate["dropped"]), fate["dropped"][0]
+                "%d source tensors are not in the result: %s …", len(fates.dropped), fates.dropped[0]
             )
         job.progress.update(1, 3, "loading it with transformers")
         tokens_file = job.output.scratch / "tokens.npy"
@@ -170,7 +171,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             entry.nbytes for name, entry in stored.items()
             if any(name.startswith(f"{layer}.weight_") for layer in _packed_layers(stored))
         )  # fmt: skip
-        weights = sum(job.source.tensors[name].numel for name in fate["quantized"])
+        weights = sum(job.source.tensors[name].numel for name in fates.quantized)
         job.report |= {
             "bits_per_weight": round(
                 sum(e.nbytes for e in stored.values()) * 8 / max(job.source.parameters, 1), 3
@@ -178,15 +179,15 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             "quantized_bits_per_weight": round(packed * 8 / max(weights, 1), 3),
             "group_size": outcome.group_size,
             "symmetric": outcome.symmetric,
-            "layers": fused["layers"],
-            "fused_groups": fused["groups"],
+            "layers": fused.layers,
+            "fused_groups": fused.groups,
             "untouched": outcome.untouched,
             "expert_tokens": {
                 name: count for name, count in outcome.tokens_seen.items() if ".experts." in name
             },
-            "tensors": {kind: len(names) for kind, names in fate.items()},
-            "dropped": fate["dropped"],
-            "logits": logits,
+            "tensors": fates.counts(),
+            "dropped": fates.dropped,
+            "logits": asdict(logits),
             "calibration": {
                 "dataset": describe_dataset(options.calibration_dataset),
                 "split": options.calibration_split,

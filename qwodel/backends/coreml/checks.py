@@ -199,8 +199,8 @@ def _nearest(written: Program, operation: MilOperation, source: torch.Tensor) ->
 
 def check_size(
     written: Program, weights: list[Weight], checks: list[WeightCheck], recipe: CoreMLRecipe, threshold: int
-) -> dict[str, int]:
-    """Compare the bytes on disk with what the format should take, and return the sizes.
+) -> int:
+    """Compare the bytes on disk with what the format should take, and return them.
 
     Raises:
         IntegrityError: the weights take more.
@@ -221,4 +221,4 @@ def check_size(
         raise IntegrityError(
             f"the weights take {stored:,} bytes, and {recipe.describe()} should take {nominal:,.0f}"
         )
-    return {"weight_bytes": stored, "nominal_bytes": int(nominal)}
+    return stored

@@ -13,7 +13,8 @@ from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.wrappers import Input
 from qwodel.exceptions import ConfigurationError, ConversionError, ValidationError
 from qwodel.source import INPUT_FORMATS, ModelSource
-from qwodel.untrusted import checked_path
+from qwodel.torch_pickle import check_torch_file
+from qwodel.untrusted import checked_path, open_regular
 
 __all__ = ["LoadedProgram", "check_examples", "check_trust", "load_program"]
 
@@ -138,6 +139,8 @@ def _read(file: Path) -> Any:
 
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with open_regular(file, error=ConfigurationError) as stream:
+            check_torch_file(stream, str(file))
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ConfigurationError(f"example_inputs: {file} cannot be read: {error}") from error

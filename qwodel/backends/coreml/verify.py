@@ -52,10 +52,10 @@ def verify(
     outputs = {each.name: kind for each in built.outputs}
     check_interface(written, kinds, outputs, len(built.states), opset(recipe.target))
     checks = check_weights(original, written, weights, recipe, threshold)
-    sizes = check_size(written, weights, checks, recipe, threshold)
+    weight_bytes = check_size(written, weights, checks, recipe, threshold)
     stored = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
     job.report |= {
-        "bits_per_weight": round(sizes["weight_bytes"] * 8 / max(built.parameters, 1), 3),
+        "bits_per_weight": round(weight_bytes * 8 / max(built.parameters, 1), 3),
         "compression_ratio": round(built.parameters * _FLOAT32_BYTES / stored, 3),
         "operations": written.counts(),
         "compressed": dict(Counter(check.operation for check in checks)),

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.backends.gguf import steps
 from qwodel.backends.gguf.accounting import dropped_tensors
+from qwodel.backends.gguf.answers import LoadedModel
 from qwodel.backends.gguf.calibrate import importance_matrix
 from qwodel.backends.gguf.formats import file_type, format_specs
 from qwodel.backends.gguf.options import GGUFOptions
@@ -140,7 +141,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
             origin[0].replace(kept)
             job.report["intermediate"] = str(kept)
 
-    def _verify(self, job: Job[GGUFOptions], headers: list[GGUFHeader], loaded: Mapping[str, Any]) -> None:
+    def _verify(self, job: Job[GGUFOptions], headers: list[GGUFHeader], loaded: LoadedModel) -> None:
         """Read the written file back, compare, and report what it holds."""
         job.progress.stage("verify", "reading the file back")
         output = read_gguf_header(job.output.path)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwodel.backends.gguf.answers import LoadedModel
 from qwodel.exceptions import IntegrityError
 from qwodel.gguf_header import GGML_TYPES, GGUFArray, GGUFHeader, GGUFTensor
 from qwodel.report import decibels
@@ -70,7 +71,7 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def check_tokenization(folder: Path, loaded: Mapping[str, Any]) -> str:
+def check_tokenization(folder: Path, loaded: LoadedModel) -> str:
     """Compare llama.cpp's tokens of :data:`PROBE` with those of the source's tokenizer.
 
     Returns:
