@@ -17,6 +17,8 @@ from qwodel.source import ModelSource
 from qwodel.untrusted import checked_path, kind_of, parse_json, read_json_object, read_regular
 
 if TYPE_CHECKING:
+    from qwodel.segquant.batches import Call
+    from qwodel.segquant.config import Configuration
     from qwodel.segquant.export import Denoiser
 
 __all__ = ["SegQuantOptions", "SegQuantQuantizer"]
@@ -215,7 +217,7 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
         progress.stage("verify", "reading the files back")
         denoiser.read_back(job.output.path)
 
-    def _calls(self, job: Job[SegQuantOptions], denoiser: Denoiser) -> list[Any]:
+    def _calls(self, job: Job[SegQuantOptions], denoiser: Denoiser) -> list[Call]:
         options = job.options
         if options.calibration_set is not None:
             return denoiser.stored_calls(Path(options.calibration_set), options.batch_size)
@@ -230,7 +232,7 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
         )
 
 
-def configuration(spec: FormatSpec, options: SegQuantOptions) -> Any:
+def configuration(spec: FormatSpec, options: SegQuantOptions) -> Configuration:
     """The settings of a format and options, checked.
 
     Raises:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwodel.backends.awq.loading import check_architecture
 from qwodel.backends.awq.options import AWQOptions
@@ -27,6 +27,9 @@ from qwodel.model_config import context_length, read_config, text_config
 from qwodel.output import require_space
 from qwodel.side_files import copy_side_files, side_files
 from qwodel.source import ModelSource
+
+if TYPE_CHECKING:
+    from qwodel.backends.awq.compress import Outcome
 
 __all__ = ["AWQQuantizer"]
 
@@ -124,7 +127,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         fitted = with_backoff(attempt, start.sizes, estimate=start.estimate, free=start.free)
         self._verify(job, fitted, start.headroom)
 
-    def _attempt(self, job: Job[AWQOptions], sizes: CalibrationSizes) -> Any:
+    def _attempt(self, job: Job[AWQOptions], sizes: CalibrationSizes) -> Outcome:
         """Calibrate with these sizes, from weights as the source has them."""
         from qwodel.backends.awq.compress import Compression
         from qwodel.backends.awq.launch import run_compression
@@ -142,7 +145,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         )
         return run_compression(work, job.progress.update, job.output.scratch)
 
-    def _verify(self, job: Job[AWQOptions], fitted: Fitted[Any], headroom: int) -> None:
+    def _verify(self, job: Job[AWQOptions], fitted: Fitted[Outcome], headroom: int) -> None:
         import numpy as np
 
         from qwodel.backends.awq.compress import PROBE_TOKENS
@@ -201,7 +204,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         }
 
 
-def _packed_layers(stored: Mapping[str, Any]) -> set[str]:
+def _packed_layers(stored: Iterable[str]) -> set[str]:
     return {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
 
 
