@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +31,7 @@ from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityErr
 from qwodel.gguf_header import GGML_TYPES, GGUFHeader, read_gguf_header
 from qwodel.name_patterns import name_pattern
 from qwodel.output import require_space
-from qwodel.report import finite_db
+from qwodel.report import TensorQuality
 from qwodel.source import ModelSource
 
 __all__ = ["GGUFQuantizer"]
@@ -164,25 +163,25 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
                 "%d source tensors have no place in the GGUF: %s …", len(dropped), ", ".join(dropped[:3])
             )
         job.progress.update(1, 2, "decoding sampled rows")
-        quality = measure(headers, output)
-        self._warn_of_noise(quality, job.format.name)
+        measured = measure(headers, output)
+        self._warn_of_noise(measured, job.format.name)
         job.report |= {
             "bits_per_weight": round(output.tensor_bytes * 8 / max(output.parameters, 1), 3),
             "tensor_types": dict(Counter(tensor.type for tensor in output.tensors.values())),
-            "sqnr_db": {name: finite_db(value) for name, value in quality.items()},
+            "sqnr_db": {each.name: each.reported_db for each in measured},
             "tokenizer": tokenizer,
             "dropped": dropped,
             "converter": lock()["release"],
         }
 
-    def _warn_of_noise(self, quality: Mapping[str, float], format_name: str) -> None:
-        name, value = min(quality.items(), key=lambda item: item[1], default=("", math.inf))
-        if value < _NOISY_DB:
+    def _warn_of_noise(self, measured: Iterable[TensorQuality], format_name: str) -> None:
+        worst = min(measured, key=lambda quality: quality.sqnr_db, default=None)
+        if worst is not None and worst.sqnr_db < _NOISY_DB:
             self.log.warning(
                 "%s keeps %.1f dB of %s: expect noise unless the model was trained for such weights",
                 format_name,
-                value,
-                name,
+                worst.sqnr_db,
+                worst.name,
             )
 
 
