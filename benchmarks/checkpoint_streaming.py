@@ -89,14 +89,14 @@ def stream(source: Path, target: Path, name: str, check: bool, workers: int, dev
     from qwodel.checkpoint.layouts.transformers import TransformersLayout
     from qwodel.checkpoint.plan.planning import build_plan
     from qwodel.checkpoint.plan.recipe import Recipe
-    from qwodel.checkpoint.run.convert import convert
+    from qwodel.checkpoint.run.convert import convert_checkpoint
     from qwodel.checkpoint.run.device_executor import executor_for, make_executor
     from qwodel.checkpoint.run.verify import verify
     from qwodel.devices import resolve_device
 
     base = resident_mb()
     plan = build_plan(source, Recipe(format=storage_format(name), max_shard_size=SHARD), TransformersLayout())
-    conversion = convert(plan, target, executor=executor_for(resolve_device(device), workers))
+    conversion = convert_checkpoint(plan, target, executor=executor_for(resolve_device(device), workers))
     if check:
         verify(conversion, executor=make_executor(workers))
     return base
@@ -108,7 +108,7 @@ def stream_one_file(source: Path, target: Path, workers: int, device: str) -> fl
     from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
     from qwodel.checkpoint.plan.planning import build_plan
     from qwodel.checkpoint.plan.recipe import Recipe
-    from qwodel.checkpoint.run.convert import convert
+    from qwodel.checkpoint.run.convert import convert_checkpoint
     from qwodel.checkpoint.run.device_executor import executor_for, make_executor
     from qwodel.checkpoint.run.verify import verify
     from qwodel.devices import resolve_device
@@ -116,7 +116,7 @@ def stream_one_file(source: Path, target: Path, workers: int, device: str) -> fl
     base = resident_mb()
     plan = build_plan(source, Recipe(format=storage_format("fp8_e4m3")), ComfyUILayout())
     executor = executor_for(resolve_device(device), workers)
-    conversion = convert(plan, target / "out.safetensors", executor=executor)
+    conversion = convert_checkpoint(plan, target / "out.safetensors", executor=executor)
     verify(conversion, executor=make_executor(workers))
     return base
 

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from qwodel.algorithms.grid import round_to_grid
 from qwodel.algorithms.objectives import GramObjective, ProjectedObjective, top_singular_vectors
 from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW, TENSOR, Granularity, QuantType
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.cache import cache_dir
 from qwodel.demo import demo_model
 from qwodel.evaluation.quality import QualityReporter
@@ -102,7 +102,7 @@ def ours(converter: Fp8Converter | Int8Converter, *, data: bool) -> Method:
 
 def nearest(quant_type: QuantType, granularity: Granularity) -> Method:
     def run(weight: torch.Tensor, _gram: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        quantized = quantize(weight, quant_type, granularity)
+        quantized = quantize_matrix(weight, quant_type, granularity)
         scale = quantized.scale.repeat_interleave(64, dim=1) if granularity.is_block else quantized.scale
         return quantized.dequantize(), scale
 
@@ -174,8 +174,8 @@ def measure(
         form = GramObjective(gram.float())
         total = [float(form.evaluate(w - weight.float())[0].norm()) for w in (dequantized, reference)]
         score.output_objective += total[0] / total[1]
-    score.weight += quality.weight_sqnr
-    score.output += quality.output_sqnr or 0.0
+    score.weight += quality.sqnr_db
+    score.output += quality.output_sqnr_db or 0.0
     score.changed += share_changed(weight, dequantized, scale)
     score.seconds += seconds
     score.slowest = max(score.slowest, seconds)

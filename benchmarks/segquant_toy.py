@@ -29,7 +29,7 @@ from torch import nn
 
 from qwodel.algorithms.gptq import GptqOptions, gptq
 from qwodel.algorithms.quant_types import INT4, INT8, ROW
-from qwodel.algorithms.scales import quantize as nearest
+from qwodel.algorithms.scales import quantize_matrix as nearest
 from qwodel.modules.segment_linear import SegmentLinear
 from qwodel.segquant import QuantizationReport, quantize_model
 

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwodel.algorithms.hadamard import convrot_weight
 from qwodel.algorithms.quant_types import INT8, ROW
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.cache import cache_dir
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.formats.convrot import RotatedDecoder
@@ -143,7 +143,7 @@ def measure_layers(model: Any, batches: torch.Tensor, results: dict[str, Result]
 def int8_inputs(x: torch.Tensor, rotation: int | None) -> torch.Tensor:
     """Inputs as an INT8 kernel sees them: rounded token by token, rotated first where weights are."""
     turned = x if rotation is None else convrot_weight(x, rotation)
-    rounded = quantize(turned, INT8, ROW).dequantize()
+    rounded = quantize_matrix(turned, INT8, ROW).dequantize()
     return rounded if rotation is None else convrot_weight(rounded, rotation)
 
 

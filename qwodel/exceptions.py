@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 __all__ = [
     "BackendNotFoundError",
@@ -53,6 +53,16 @@ class QuantizationError(Exception):
         self.hint = hint
         if hint:
             self.add_note(f"hint: {hint}")
+
+    def within(self, place: str) -> Self:
+        """Return the same error with ``place`` before its message, to be raised from this one.
+
+        This one gives up its note, so that a traceback of both shows the hint once.
+        """
+        again = type(self)(f"{place}: {self}", hint=self.hint)
+        note = f"hint: {self.hint}"
+        self.__notes__ = [each for each in getattr(self, "__notes__", ()) if each != note]
+        return again
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default reduction loses keyword arguments, and errors cross process borders here.

@@ -95,6 +95,7 @@ class GGUFTensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -110,15 +111,18 @@ class GGUFHeader:
 
     @property
     def architecture(self) -> str | None:
+        """llama.cpp's name of the architecture; ``None`` where the file does not say."""
         value = self.metadata.get("general.architecture")
         return value if isinstance(value, str) else None
 
     @property
     def parameters(self) -> int:
+        """Number of elements of all tensors."""
         return sum(tensor.numel for tensor in self.tensors.values())
 
     @property
     def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without padding between them."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property

@@ -9,10 +9,15 @@ from typing import Any
 from qwodel.exceptions import ValidationError
 from qwodel.untrusted import checked_int, kind_of, read_json_object
 
-__all__ = ["check_config", "read_config"]
+__all__ = ["check_config", "context_length", "read_config", "text_config"]
 
 _OBJECTS = ("quantization_config", "text_config", "vision_config", "auto_map", "ssm_cfg")
 _STRINGS = ("model_type", "_class_name")
+_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_COUNTS_PADDING = frozenset(
+    ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+)
 _LARGEST = (1 << 31) - 1
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 
@@ -59,6 +64,27 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         check_config(config["text_config"], f"{where}: text_config")
     if config.get("quantization_config"):
         _check_quantization(config["quantization_config"], f"{where}: quantization_config")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the language part of a configuration, over what the whole says."""
+    for name in _TEXT_PARTS:
+        if isinstance(config.get(name), dict):
+            return {**config, **config[name]}
+    return config
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model's positions reach, or ``None`` where its configuration does not say."""
+    text = text_config(config)
+    for name in _CONTEXTS:
+        limit = text.get(name)
+        if isinstance(limit, int) and limit > 0:
+            # RoBERTa's first positions are those of padding.
+            padding = text.get("pad_token_id")
+            first = 1 if padding is None else int(padding)
+            return limit - (first + 1 if text.get("model_type") in _COUNTS_PADDING else 0)
+    return None
 
 
 def _check_quantization(stated: Mapping[str, Any], where: str) -> None:

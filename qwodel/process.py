@@ -1,4 +1,9 @@
-"""The process our programs run in: its streams, its signals, its log, whoever started it and however."""
+"""The process our programs run in: its streams, signals, log and exit codes, whoever started it and however.
+
+Exit codes: 0 done; 1 the work failed (conversion, integrity); 2 bad input, option,
+backend or format; 3 a dependency is missing; 4 out of memory or disk; 5 calibration
+data; 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,117 @@ import os
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
+
+import typer
 
 from qwodel.children import forget_present_folder
 from qwodel.display import shown_lines
+from qwodel.exceptions import (
+    BackendNotFoundError,
+    CalibrationError,
+    Cancelled,
+    ConfigurationError,
+    DependencyError,
+    QuantizationError,
+    ResourceError,
+    ValidationError,
+)
 
-__all__ = ["ignore_interruptions", "log_to_terminal", "prepare_process"]
+__all__ = [
+    "exit_code",
+    "ignore_interruptions",
+    "log_to_terminal",
+    "main_of",
+    "prepare_process",
+    "show_error",
+    "warn",
+]
 
 _SECONDS_TO_CLEAN = 15.0
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+_INTERRUPTED = 130
+
+_CODES: Sequence[tuple[tuple[type[Exception], ...], int]] = (
+    ((ValidationError, ConfigurationError, BackendNotFoundError), 2),
+    ((DependencyError,), 3),
+    ((ResourceError, MemoryError), 4),
+    ((CalibrationError,), 5),
+    ((Cancelled,), 130),
+)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the documented exit code for ``error``."""
+    return next((code for kinds, code in _CODES if isinstance(error, kinds)), 1)
+
+
+def main_of(program: Callable[[], object]) -> None:
+    """Run a program of ours: whatever stops it becomes a message and an exit code.
+
+    Args:
+        program: reads ``sys.argv`` itself, as a typer application does.
+
+    Raises:
+        SystemExit: with the exit code, where that is not 0.
+    """
+    prepare_process()
+    try:
+        program()
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer catches KeyboardInterrupt itself, and says nothing
+            _say_interrupted()
+        raise
+    except KeyboardInterrupt:
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
+    except Exception as error:
+        if not show_error(error, verbose="--verbose" in sys.argv or "-v" in sys.argv):
+            raise
+        sys.exit(exit_code(error))
+
+
+def _say_interrupted() -> None:
+    ignore_interruptions()
+    warn("interrupted; nothing was published")
+
+
+def warn(text: object, *, colour: str | None = None) -> None:
+    """Print text on standard error, made safe for a terminal; where nobody listens any more, nothing happens."""
+    with suppress(OSError):
+        typer.secho(shown_lines(text), fg=colour if sys.stderr.isatty() else None, err=True)
+
+
+def show_error(error: BaseException, *, verbose: bool) -> bool:
+    """Print an error as cause and hint; return whether it was one of ours, or of memory."""
+    if isinstance(error, MemoryError):
+        error = ResourceError("memory ran out", hint="free some memory, or use a larger machine")
+    if not isinstance(error, QuantizationError):
+        return False
+    if verbose:
+        for line in "".join(_without_hint(error).format()).splitlines():
+            warn(line)
+        for line in getattr(error.__cause__, "lines", ()):
+            warn(f"  | {line}")
+    warn(f"error: {error}", colour="red")
+    if error.hint:
+        warn(f"hint: {error.hint}")
+    return True
+
+
+def _without_hint(error: QuantizationError) -> traceback.TracebackException:
+    """The error's traceback without the note of its hint, which is printed below it."""
+    told = traceback.TracebackException.from_exception(error)
+    # Unset where there was none, and typed as what format() takes.
+    told.__notes__ = [
+        note for note in getattr(told, "__notes__", None) or () if note != f"hint: {error.hint}"
+    ]
+    return told
 
 
 def prepare_process() -> None:

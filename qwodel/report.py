@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,17 @@ from typing import Any
 
 from qwodel.version import __version__
 
-__all__ = ["SCHEMA", "envelope", "json_safe", "json_text", "source_facts", "versions_of"]
+__all__ = [
+    "SCHEMA",
+    "TensorQuality",
+    "decibels",
+    "envelope",
+    "finite_db",
+    "json_safe",
+    "json_text",
+    "source_facts",
+    "versions_of",
+]
 
 SCHEMA = 1
 """Version of the envelope; it grows when a key changes its meaning or goes away."""
@@ -24,6 +34,56 @@ SCHEMA = 1
 # What JSON lets stand and terminals should not get: C1 controls, changes of direction, no width; and lone
 # surrogates, which UTF-8 does not have and which are how the file system gives names that are no UTF-8.
 _ESCAPED = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10·log₁₀(signal / noise) of two energies, in dB.
+
+    No noise gives ``inf``, even beside no signal; noise without a signal, or that is not finite, gives ``-inf``.
+    """
+    if noise == 0:
+        return math.inf
+    if signal == 0 or not math.isfinite(noise):
+        return -math.inf
+    return 10 * math.log10(signal / noise)
+
+
+def finite_db(value: float) -> float | None:
+    """The value with two decimals; ``None`` where it is infinite, as of a weight of zeros: JSON has no such number."""
+    return round(value, 2) if math.isfinite(value) else None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorQuality:
+    """How well one saved tensor stands for its source.
+
+    Attributes:
+        name: the tensor, or its layer.
+        sqnr_db: 10·log₁₀(‖W‖²/‖W−Ŵ‖²); see :func:`decibels`.
+        mse: mean of (W−Ŵ)².
+        max_error: the largest |W−Ŵ|, where it was looked for.
+        output_sqnr_db: the same ratio of the layer's outputs on known inputs, where there are any.
+        format: number type and kind of scale, where they are not the same for all.
+        rounding: the method that chose its codes.
+    """
+
+    name: str
+    sqnr_db: float
+    mse: float
+    max_error: float | None = None
+    output_sqnr_db: float | None = None
+    format: str = ""
+    rounding: str = ""
+
+    @property
+    def judged_by(self) -> float:
+        """The number that counts, in dB: of the outputs where it is known, else of the weight."""
+        return self.sqnr_db if self.output_sqnr_db is None else self.output_sqnr_db
+
+    @property
+    def reported_db(self) -> float | None:
+        """The weight's SQNR as manifests have it; see :func:`finite_db`."""
+        return finite_db(self.sqnr_db)
 
 
 def envelope(

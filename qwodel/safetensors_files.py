@@ -55,10 +55,12 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its data."""
         return self.end - self.begin
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from qwodel.exceptions import ValidationError
 from qwodel.gguf_header import read_gguf_header
@@ -21,7 +21,7 @@ from qwodel.model_config import read_config
 from qwodel.safetensors_files import check_index, find_index, read_header, read_index
 from qwodel.torch_pickle import read_pickled_tensors
 from qwodel.untrusted import checked_path, kind_of
-from qwodel.weight_search import find_denoiser, find_weights
+from qwodel.weight_search import denoiser_folder, find_weights
 
 __all__ = ["INPUT_FORMATS", "ModelSource", "TensorInfo", "inspect_source", "read_config"]
 
@@ -113,15 +113,15 @@ def inspect_source(
         raise ValidationError(
             f"{path} does not exist", hint="give a model directory, a model file or a hub id (owner/name)"
         )
-    denoiser = find_denoiser(path)
+    denoiser = denoiser_folder(path)
     kind, files = find_weights(denoiser or path)
     if denoiser is not None:
         kind = "diffusers"
     config = read_config(denoiser or path) if path.is_dir() else {}
     if kind in _PROGRAMS:
-        facts = _describe_program()
+        content = _describe_program()
     else:
-        facts = (
+        content = (
             _describe_gguf(files) if kind == "gguf" else _describe_tensors(denoiser or path, files, config)
         )
     resolved = path.resolve()
@@ -134,11 +134,21 @@ def inspect_source(
         config=config,
         weight_bytes=sum(file.stat().st_size for file in files),
         revision=revision,
-        **facts,
+        **content,
     )
 
 
-def _describe_tensors(folder: Path, files: list[Path], config: Mapping[str, Any]) -> dict[str, Any]:
+class _Content(TypedDict):
+    """What headers say: fields of :class:`ModelSource`."""
+
+    tensors: dict[str, TensorInfo]
+    architecture: str | None
+    parameters: int
+    dtypes: dict[str, int]
+    tied_embeddings: bool | None
+
+
+def _describe_tensors(folder: Path, files: list[Path], config: Mapping[str, Any]) -> _Content:
     tensors: dict[str, TensorInfo] = {}
     held: dict[str, Path] = {}
     shared: set[tuple[str, str]] = set()
@@ -184,12 +194,12 @@ def _entries(file: Path) -> Iterable[tuple[str, str, tuple[int, ...], int, str |
             yield name, tensor.dtype, tensor.shape, tensor.numel, tensor.storage
 
 
-def _describe_program() -> dict[str, Any]:
+def _describe_program() -> _Content:
     # Its weights are known once torch has loaded it.
     return {"tensors": {}, "architecture": None, "parameters": 0, "dtypes": {}, "tied_embeddings": None}
 
 
-def _describe_gguf(files: list[Path]) -> dict[str, Any]:
+def _describe_gguf(files: list[Path]) -> _Content:
     headers = [read_gguf_header(file) for file in files]
     tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
     if len(tensors) != sum(len(header.tensors) for header in headers):

@@ -62,6 +62,7 @@ class PickledTensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 

@@ -10,7 +10,7 @@ from qwodel.exceptions import IntegrityError, ValidationError
 from qwodel.safetensors_files import checkpoint_files
 from qwodel.untrusted import foreign_errors, kind_of, open_regular
 
-__all__ = ["TRAINING_FILES", "find_denoiser", "find_weights"]
+__all__ = ["TRAINING_FILES", "denoiser_folder", "find_weights"]
 
 _FILE_FORMATS = {
     ".safetensors": "safetensors",
@@ -26,7 +26,7 @@ TRAINING_FILES = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin
 _DENOISERS = ("transformer", "unet", "prior")
 
 
-def find_denoiser(path: Path) -> Path | None:
+def denoiser_folder(path: Path) -> Path | None:
     """Return the folder of the model that a diffusers pipeline samples with, or ``None`` for anything else."""
     if not path.is_dir() or kind_of(path / "model_index.json") != "file":
         return None

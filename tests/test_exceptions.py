@@ -8,6 +8,7 @@ import pytest
 import qwodel
 from qwodel import exceptions
 from qwodel.exceptions import QuantizationError, ResourceError, did_you_mean
+from qwodel.process import show_error
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,17 @@ def test_did_you_mean_prefers_the_spelling_with_the_same_case() -> None:
     assert near is not None
     assert near.startswith("did you mean 'LlamaForCausalLM'")
     assert did_you_mean("zzz", ["abc"]) is None
+
+
+def test_a_place_goes_before_the_message_and_the_hint_is_shown_once() -> None:
+    first = ResourceError("disk full", hint="free some")
+    with pytest.raises(ResourceError) as caught:
+        raise first.within("a.weight") from first
+    assert (str(caught.value), caught.value.hint) == ("a.weight: disk full", "free some")
+    assert "".join(traceback.format_exception(caught.value)).count("hint: free some") == 1
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_programs_print_a_hint_once(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show_error(ResourceError("disk full", hint="free some"), verbose=verbose)
+    assert capsys.readouterr().err.count("free some") == 1

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwodel.report import envelope, json_safe, json_text
+from qwodel.report import TensorQuality, decibels, envelope, json_safe, json_text
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
@@ -81,3 +81,14 @@ def test_a_report_cannot_replace_the_envelope() -> None:
         backend="b", format="f", source={"sha256": {}}, recipe={}, report={"backend": "x", "extra": 1}
     )
     assert (made["backend"], made["extra"]) == ("b", 1)
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "expected"),
+    [(100.0, 1.0, 20.0), (0.0, 0.0, math.inf), (1.0, 0.0, math.inf), (0.0, 1.0, -math.inf), (1.0, math.nan, -math.inf)],
+)  # fmt: skip
+def test_decibels(signal: float, noise: float, expected: float) -> None:
+    assert decibels(signal, noise) == pytest.approx(expected)
+    quality = TensorQuality("a", decibels(signal, noise), 0.0)
+    assert quality.reported_db == (expected if math.isfinite(expected) else None)
+    assert quality.judged_by == quality.sqnr_db

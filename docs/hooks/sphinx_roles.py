@@ -14,5 +14,6 @@ class SphinxRoles(Extension):
     """Replaces each role by its target as inline code."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
+        """Rewrite the roles in one object's docstring."""
         if obj.docstring:
             obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value)

@@ -16,8 +16,9 @@ from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
 from qwodel.algorithms.scale_choice import check_gram
-from qwodel.algorithms.scales import Quantized, quantize, search_scale
+from qwodel.algorithms.scales import Quantized, quantize_matrix, search_scale
 from qwodel.algorithms.weight_rounding import round_weight
+from qwodel.report import decibels
 
 __all__ = [
     "DataAware",
@@ -139,7 +140,7 @@ def round_without_data(weight: torch.Tensor, quant_type: QuantType, granularity:
     """The best without data: searched scales for FP8 rows and blocks, absmax scales elsewhere."""
     searched = searches_scale(quant_type, granularity)
     scale = search_scale(weight, quant_type, granularity) if searched else None
-    return quantize(weight, quant_type, granularity, scale)
+    return quantize_matrix(weight, quant_type, granularity, scale)
 
 
 def searches_scale(quant_type: QuantType, granularity: Granularity) -> bool:
@@ -182,7 +183,7 @@ def _learned(
 ) -> RoundedWeight:
     codes = round_weight(weight, quant_type, granularity, options.learned, gram=gram).quantized
     done, metric = codes.dequantize(), check_gram(gram, weight.shape[1])
-    nearest = quantize(weight, quant_type, granularity).dequantize()
+    nearest = quantize_matrix(weight, quant_type, granularity).dequantize()
     signal = float(output_error(weight.float(), metric).sum())
     report = RoundingReport(
         options.learned.optimizer,
@@ -193,4 +194,5 @@ def _learned(
 
 
 def _decibels(signal: float, noise: float) -> float | None:
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    ratio = decibels(signal, noise) if signal > 0 else -math.inf
+    return ratio if math.isfinite(ratio) else None

@@ -17,7 +17,7 @@ from qwodel.algorithms.gptq_options import DEFAULT_DAMPING, GptqOptions
 from qwodel.algorithms.inverse_factor import InverseFactor, factorize
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
 from qwodel.algorithms.scale_choice import absmax_scale, check_gram, search_scale
-from qwodel.algorithms.scales import Quantized, quantize
+from qwodel.algorithms.scales import Quantized, quantize_matrix
 from qwodel.algorithms.tiles import check_matrix
 
 __all__ = [
@@ -130,7 +130,7 @@ def _nearest(
     gram: torch.Tensor,
     options: GptqOptions,
 ) -> GptqResult:
-    nearest = quantize(weight, quant_type, granularity)
+    nearest = quantize_matrix(weight, quant_type, granularity)
     loss = output_error(nearest.dequantize() - weight, gram)
     signal = output_error(weight if weight.dtype == torch.float64 else weight.float(), gram)
     return GptqResult(nearest, loss, loss, signal, options.damping)

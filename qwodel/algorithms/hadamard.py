@@ -109,12 +109,15 @@ class ConvRot:
     size: int
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight ``[M, N]``, N a multiple of the group, with its columns rotated; fp32 (fp64 for fp64)."""
         return convrot_weight(weight, self.size)
 
     def restore(self, weight: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`apply`: the rotation is its own inverse."""
         return convrot_weight(weight, self.size)
 
     def gram(self, gram: torch.Tensor) -> torch.Tensor:
+        """The Gram matrix ``[N, N]`` of inputs rotated as the columns are: R H Rᵀ."""
         return convrot_gram(gram, self.size)
 
 

@@ -22,9 +22,9 @@ from qwodel.algorithms.objectives import (
 )
 from qwodel.algorithms.optimizers import update_rule
 from qwodel.algorithms.quant_types import Granularity, QuantType
-from qwodel.algorithms.rounding_problem import Iterate, Problem
+from qwodel.algorithms.rounding_problem import Iterate, RoundingProblem
 from qwodel.algorithms.scale_choice import check_channel_weights, check_gram, normalise
-from qwodel.algorithms.scales import Quantized, quantize
+from qwodel.algorithms.scales import Quantized, quantize_matrix
 from qwodel.algorithms.schedules import Schedule, ScheduleOptions
 from qwodel.algorithms.tiles import expand_scale
 from qwodel.exceptions import ConfigurationError
@@ -132,12 +132,12 @@ def learn_rounding(
         channel_weights: ``[N]`` mean squared inputs, likewise; not together with ``gram``.
 
     Raises:
-        ValidationError: as :func:`qwodel.algorithms.scales.quantize`, or statistics that do not fit.
+        ValidationError: as :func:`qwodel.algorithms.scales.quantize_matrix`, or statistics that do not fit.
         ConfigurationError: a setting has a bad value.
         DependencyError: ``ppsf`` without its package.
     """
     options = options or RoundingOptions()
-    nearest = quantize(weight, quant_type, granularity, scale)
+    nearest = quantize_matrix(weight, quant_type, granularity, scale)
     statistics = _statistics_objective(weight.shape[1], gram, channel_weights)
     unit = float(nearest.scale.max()) if nearest.scale.numel() else 1.0
     if weight.numel() == 0:
@@ -174,7 +174,7 @@ def _problem(
     unit: float,
     options: RoundingOptions,
     statistics: Objective | None,
-) -> Problem:
+) -> RoundingProblem:
     every_row = slice(0, weight.shape[0])
     target = normalise(weight, nearest.scale, nearest.granularity, every_row)
     scale = expand_scale(nearest.scale / unit, nearest.granularity, every_row, weight.shape[1])
@@ -188,10 +188,10 @@ def _problem(
             generator=torch.Generator().manual_seed(options.seed),
         )
         statistics = ProjectedObjective(left, right, options.weight_price)
-    return Problem(target, scale, nearest.quant_type, statistics)
+    return RoundingProblem(target, scale, nearest.quant_type, statistics)
 
 
-def _loop(problem: Problem, start: Iterate, options: RoundingOptions) -> tuple[Iterate, int]:
+def _loop(problem: RoundingProblem, start: Iterate, options: RoundingOptions) -> tuple[Iterate, int]:
     """Propose, round, evaluate, keep the better; until nothing more is to be had."""
     if isinstance(problem.objective, ChannelObjective) or not options.num_iter:
         return start, 0

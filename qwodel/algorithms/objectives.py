@@ -53,11 +53,13 @@ class ProjectedObjective(Objective):
         self.weight_price = weight_price
 
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """‖Uᵀ E V‖_F as fp64 ``[1]``, and its direction U Uᵀ E V Vᵀ, ``[M, N]``."""
         projected = self.left.T @ (error @ self.right)
         loss = projected.double().square().sum().sqrt().reshape(1)
         return loss, (self.left @ projected) @ self.right.T
 
     def curvature(self) -> torch.Tensor:
+        """Σ_k U_ik² · Σ_k V_jk², ``[M, N]``."""
         return self.left.square().sum(dim=1, keepdim=True) * self.right.square().sum(dim=1)
 
 
@@ -72,11 +74,13 @@ class GramObjective(Objective):
         self.gram = gram
 
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """√(e H eᵀ) of each row, fp64 ``[M]``, and E H, ``[M, N]``."""
         return self._measure(error, error @ self.gram)
 
     def follow(
         self, error: torch.Tensor, gradient: torch.Tensor, change: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from the last E H, by a sparse product where few weights changed and there is no GPU."""
         if change.is_cuda or int(change.count_nonzero()) > _SPARSE * change.numel():
             return self.evaluate(error)
         return self._measure(error, torch.addmm(gradient, change.to_sparse(), self.gram))
@@ -86,6 +90,7 @@ class GramObjective(Objective):
         return (gradient * error).sum(dim=1).double().clamp_(min=0).sqrt(), gradient
 
     def curvature(self) -> torch.Tensor:
+        """The diagonal of H, ``[N]``: one input's energy."""
         return self.gram.diagonal()
 
 
@@ -102,10 +107,12 @@ class ChannelObjective(Objective):
         self.weights = weights
 
     def evaluate(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """√(Σ_j d_j E_ij²) of each row, fp64 ``[M]``, and d_j E_ij, ``[M, N]``."""
         gradient = error * self.weights
         return (gradient * error).sum(dim=1, dtype=torch.float64).sqrt(), gradient
 
     def curvature(self) -> torch.Tensor:
+        """The channels' weights d, ``[N]``."""
         return self.weights
 
 

@@ -15,7 +15,7 @@ import torch
 
 from qwodel.algorithms.grid import round_to_grid
 from qwodel.algorithms.objectives import GramObjective
-from qwodel.algorithms.rounding_problem import Iterate, Problem
+from qwodel.algorithms.rounding_problem import Iterate, RoundingProblem
 from qwodel.exceptions import ConfigurationError, DependencyError, did_you_mean
 
 __all__ = ["RULES", "UpdateRule", "update_rule"]
@@ -27,7 +27,7 @@ _PATIENCE = 8  # rows gain steadily: what comes after so many slow iterations is
 class UpdateRule(ABC):
     """Proposes the next position and codes of one problem."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: RoundingProblem) -> None:
         self.problem = problem
 
     def patience(self, gained: bool) -> int | None:
@@ -74,7 +74,7 @@ class CoordinateDescent(UpdateRule):
 
     _BLOCK = 64
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: RoundingProblem) -> None:
         super().__init__(problem)
         if not isinstance(problem.objective, GramObjective):
             raise ConfigurationError("coordinate descent needs a Gram matrix")
@@ -131,7 +131,7 @@ class TorchOptimizer(UpdateRule):
     """
 
     def __init__(
-        self, problem: Problem, build: Callable[[list[torch.Tensor]], Any], *, own_rate: bool = False
+        self, problem: RoundingProblem, build: Callable[[list[torch.Tensor]], Any], *, own_rate: bool = False
     ) -> None:
         super().__init__(problem)
         self._step = (problem.high - problem.low).clamp_(min=problem.quant_type.smallest_step)
@@ -180,7 +180,7 @@ class TorchOptimizer(UpdateRule):
         return min(1.0, lr / self._first_lr)
 
 
-def _original(problem: Problem) -> UpdateRule:
+def _original(problem: RoundingProblem) -> UpdateRule:
     return (
         CoordinateDescent(problem)
         if isinstance(problem.objective, GramObjective)
@@ -188,15 +188,15 @@ def _original(problem: Problem) -> UpdateRule:
     )
 
 
-def _adamw(problem: Problem) -> UpdateRule:
+def _adamw(problem: RoundingProblem) -> UpdateRule:
     return TorchOptimizer(problem, lambda parameters: torch.optim.AdamW(parameters, betas=(0.9, 0.99)))
 
 
-def _radam(problem: Problem) -> UpdateRule:
+def _radam(problem: RoundingProblem) -> UpdateRule:
     return TorchOptimizer(problem, lambda parameters: torch.optim.RAdam(parameters, betas=(0.9, 0.99)))
 
 
-def _prodigy(problem: Problem) -> UpdateRule:
+def _prodigy(problem: RoundingProblem) -> UpdateRule:
     build = _prodigy_class()
     return TorchOptimizer(
         problem, lambda parameters: build(parameters, d0=1e-3, split_groups=False), own_rate=True
@@ -213,7 +213,7 @@ def _prodigy_class() -> Any:
     return ProdigyPlusScheduleFree
 
 
-RULES: dict[str, Callable[[Problem], UpdateRule]] = {
+RULES: dict[str, Callable[[RoundingProblem], UpdateRule]] = {
     "original": _original,
     "adamw": _adamw,
     "radam": _radam,
@@ -222,7 +222,7 @@ RULES: dict[str, Callable[[Problem], UpdateRule]] = {
 """Update rules by name: each builds a rule for one problem."""
 
 
-def update_rule(name: str) -> Callable[[Problem], UpdateRule]:
+def update_rule(name: str) -> Callable[[RoundingProblem], UpdateRule]:
     """The update rule of that name.
 
     Raises:

@@ -10,10 +10,10 @@ from qwodel.algorithms.grid import grid_neighbours, round_to_grid
 from qwodel.algorithms.objectives import Objective
 from qwodel.algorithms.quant_types import QuantType
 
-__all__ = ["Iterate", "Problem"]
+__all__ = ["Iterate", "RoundingProblem"]
 
 
-class Problem:
+class RoundingProblem:
     """What stays fixed while a matrix is rounded.
 
     Attributes:

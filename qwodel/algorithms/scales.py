@@ -12,7 +12,7 @@ from qwodel.algorithms.scale_choice import absmax_scale, normalise, search_scale
 from qwodel.algorithms.tiles import check_finite, check_matrix, expand_scale, row_chunks
 from qwodel.exceptions import ValidationError
 
-__all__ = ["Quantized", "absmax_scale", "dequantize", "nearest_codes", "quantize", "search_scale"]
+__all__ = ["Quantized", "absmax_scale", "dequantize", "nearest_codes", "quantize_matrix", "search_scale"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +59,7 @@ def check_scale(scale: torch.Tensor, granularity: Granularity, weight_shape: tor
         raise ValidationError("a dequant scale must be positive and finite")
 
 
-def quantize(
+def quantize_matrix(
     weight: torch.Tensor, quant_type: QuantType, granularity: Granularity, scale: torch.Tensor | None = None
 ) -> Quantized:
     """Round a matrix to the nearest codes, ties to even, saturating at ``qmin`` and ``qmax``.
@@ -95,7 +95,7 @@ def quantize(
 def nearest_codes(
     weight: torch.Tensor, scale: torch.Tensor, quant_type: QuantType, granularity: Granularity
 ) -> torch.Tensor:
-    """The codes of :func:`quantize` for the scale that :func:`absmax_scale` finds for this weight, or for one it is part of.
+    """The codes of :func:`quantize_matrix` for the scale that :func:`absmax_scale` finds for this weight, or for one it is part of.
 
     Such a scale is not found for NaN and Inf and lets nothing saturate, so neither is looked for again.
     """

@@ -17,6 +17,8 @@ from qwodel.source import ModelSource
 from qwodel.untrusted import checked_path, kind_of, parse_json, read_json_object, read_regular
 
 if TYPE_CHECKING:
+    from qwodel.segquant.batches import Call
+    from qwodel.segquant.config import Configuration
     from qwodel.segquant.export import Denoiser
 
 __all__ = ["SegQuantOptions", "SegQuantQuantizer"]
@@ -113,12 +115,15 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """SegQuant's formats, by name."""
         return MappingProxyType({spec.name: spec for spec in _FORMATS})
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: SegQuantOptions) -> str:
+        """``<model>-<format>``, a directory."""
         return f"{source.name}-{spec.name}"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model that is quantized already, with ValidationError."""
         if config.get("quantization_config"):
             raise ValidationError(
                 "the model is quantized already",
@@ -126,6 +131,12 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
             )
 
     def check(self, source: ModelSource, spec: FormatSpec, options: SegQuantOptions) -> None:
+        """Refuse what is no diffusers model, and options that do not suit it.
+
+        Raises:
+            ValidationError: no model or pipeline of diffusers.
+            ConfigurationError: a bad or unusable option.
+        """
         if not source.config.get("_class_name"):
             raise ValidationError(
                 f"{source.given} is no model or pipeline of diffusers (its config.json names no _class_name)",
@@ -184,6 +195,7 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
             sampling_inputs(options.calibration_inputs)
 
     def run(self, job: Job[SegQuantOptions]) -> None:
+        """Record the denoiser's inputs, quantize layer by layer, save, and read back."""
         from qwodel.segquant.export import Denoiser
 
         require_space(job.output.scratch, size_of(job.source.path), f"making {job.output.final.name}")
@@ -200,12 +212,12 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
             on_layer=lambda done, total, name: progress.update(done, total, name),
         )
         progress.update(1, 1, "writing")
-        job.report |= denoiser.save(job.output.path, max_shard_size=options.max_shard_size)
+        job.report["bits_per_weight"] = denoiser.save(job.output.path, max_shard_size=options.max_shard_size)
         job.output.written()
         progress.stage("verify", "reading the files back")
         denoiser.read_back(job.output.path)
 
-    def _calls(self, job: Job[SegQuantOptions], denoiser: Denoiser) -> list[Any]:
+    def _calls(self, job: Job[SegQuantOptions], denoiser: Denoiser) -> list[Call]:
         options = job.options
         if options.calibration_set is not None:
             return denoiser.stored_calls(Path(options.calibration_set), options.batch_size)
@@ -220,7 +232,7 @@ class SegQuantQuantizer(BaseQuantizer[SegQuantOptions]):
         )
 
 
-def configuration(spec: FormatSpec, options: SegQuantOptions) -> Any:
+def configuration(spec: FormatSpec, options: SegQuantOptions) -> Configuration:
     """The settings of a format and options, checked.
 
     Raises:

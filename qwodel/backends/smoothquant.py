@@ -83,18 +83,22 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """W8A8 formats, by name."""
         return MappingProxyType({spec.name: spec for spec in _FORMATS})
 
     @classmethod
     def parse_options(
         cls, given: Mapping[str, Any], base: SmoothQuantOptions | None = None
     ) -> SmoothQuantOptions:
+        """Validate options, the calibration options' other spellings among them."""
         return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: SmoothQuantOptions) -> str:
+        """``<model>-<format>``, with ``-rotated`` where all rotations are on; a directory."""
         return f"{source.name}-{spec.name}{'-rotated' if options.rotations == 'all' else ''}"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model that is quantized already, with ValidationError."""
         if config.get("quantization_config"):
             raise ValidationError(
                 "the model is quantized already",
@@ -102,6 +106,12 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
             )
 
     def check(self, source: ModelSource, spec: FormatSpec, options: SmoothQuantOptions) -> None:
+        """Refuse options that do not suit one another or the model.
+
+        Raises:
+            ValidationError: a model that is quantized already.
+            ConfigurationError: a bad or unusable option.
+        """
         self.check_config(source.config)
         for option, value in (("alpha", options.alpha), ("inner_alpha", options.inner_alpha)):
             if isinstance(value, float) and not 0 <= value <= 1:
@@ -119,6 +129,7 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
         _export_options(spec, options)
 
     def run(self, job: Job[SmoothQuantOptions]) -> None:
+        """Smooth, round, write a directory of compressed-tensors, and read it back."""
         from qwodel.smoothquant.export import export_w8a8, report_of
 
         # The smoothed weights lie beside the result, those to quantize in fp32.

@@ -58,19 +58,27 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
     def parse_options(
         cls, given: Mapping[str, Any], base: WeightFileOptions | None = None
     ) -> WeightFileOptions:
+        """Validate options, the calibration options' other spellings among them."""
         return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> str:
+        """``<model>-<format>``: a file or a directory, as the layout has it."""
         suffix = ".safetensors" if _layout(source, spec, options).single_file else ""
         return f"{source.name}-{spec.name}{suffix}"
 
     def stage_weights(
         self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions
     ) -> Mapping[str, float]:
+        """Shares of time: running the model on text outweighs everything else."""
         runs = {"resolve": 1, "calibrate": 85, "quantize": 6, "verify": 6, "publish": 2}
         return self.stages if options.calibration_dataset is None else runs
 
     def check(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> None:
+        """Refuse what the layout, the format, the rounding or the device cannot do.
+
+        Raises:
+            ConfigurationError: an option that does not suit, a device that is not there, or text for a model that cannot be run.
+        """
         _layout(source, spec, options).support(_format(spec, options))
         _recipe(spec, options)
         resolve_device(options.device)
@@ -85,6 +93,7 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
         return build_plan(source.path, _recipe(spec, options), _layout(source, spec, options))
 
     def run(self, job: Job[WeightFileOptions]) -> None:
+        """Plan, calibrate where there is text, convert tensor by tensor, and read back."""
         plan = self.plan(job.source, job.format, job.options)
         self.log.info("model family: %s", plan.family)
         reports: dict[str, RoundingReport] = {}

@@ -5,11 +5,36 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from qwodel.cli.arguments import JsonFlag
 
 __all__ = ["backend_states", "check"]
+
+
+class BackendState(TypedDict):
+    """Whether a backend is ready, the packages it lacks, and the command that installs them."""
+
+    backend: str
+    state: str
+    missing: list[str]
+    install: str | None
+
+
+class RuntimeFacts(TypedDict):
+    """Whether llama.cpp's forward pass works, and if not, why and what helps; ``None`` where it is not installed."""
+
+    works: bool | None
+    problem: str | None
+    cure: str | None
+
+
+class ConverterFacts(TypedDict):
+    """llama.cpp's release, where its converter is, and the architectures it takes."""
+
+    release: str
+    converter: str
+    architectures: list[str]
 
 
 def check(json_: JsonFlag = False) -> None:
@@ -21,6 +46,8 @@ def check(json_: JsonFlag = False) -> None:
     from qwodel.version import __version__
 
     gpus = list_gpus()
+    backends, llama_cpp = backend_states(), _llama_cpp()
+    forward = _forward_pass(backends)
     facts: dict[str, Any] = {
         "qwodel": __version__,
         "python": platform.python_version(),
@@ -28,10 +55,9 @@ def check(json_: JsonFlag = False) -> None:
         "cpus": cpu_count(),
         "free_memory": available_memory(),
         "gpus": [{"name": gpu.name, "total": gpu.total, "free": gpu.free} for gpu in gpus],
-        "llama_cpp": _llama_cpp(),
-        "backends": backend_states(),
+        "llama_cpp": {**llama_cpp, "forward": forward},
+        "backends": backends,
     }
-    facts["llama_cpp"]["forward"] = _forward_pass(facts["backends"])
     if json_:
         print_json(facts)
         return
@@ -41,20 +67,19 @@ def check(json_: JsonFlag = False) -> None:
         say(f"GPU: {gpu.name}, {human_bytes(gpu.free)} of {human_bytes(gpu.total)} free")
     if not gpus:
         say("no CUDA GPU found (AWQ will be slow; GGUF needs none)")
-    say(f"llama.cpp converter: {facts['llama_cpp']['converter']}")
-    forward = facts["llama_cpp"]["forward"]
+    say(f"llama.cpp converter: {llama_cpp['converter']}")
     if forward["works"] is not None:
         say(f"llama.cpp forward pass: {forward['problem'] or 'works'}")
-    rows = [(s["backend"], s["state"], s["install"] or "") for s in facts["backends"]]
+    rows = [(s["backend"], s["state"], s["install"] or "") for s in backends]
     print_table(["backend", "state", "to install"], rows)
 
 
-def backend_states() -> list[dict[str, Any]]:
+def backend_states() -> list[BackendState]:
     """Return, for every backend, whether it is ready and the command that would make it so."""
     from qwodel.backends import backend_names, is_available, missing_packages
     from qwodel.extras import install_command
 
-    states = []
+    states: list[BackendState] = []
     for name in backend_names():
         missing = missing_packages(name)
         if not is_available(name):
@@ -70,7 +95,7 @@ def backend_states() -> list[dict[str, Any]]:
     return states
 
 
-def _forward_pass(states: list[dict[str, Any]]) -> dict[str, Any]:
+def _forward_pass(states: list[BackendState]) -> RuntimeFacts:
     """Try the installed llama.cpp in a child; where it fails, say so in the gguf backend's state too."""
     gguf = next(state for state in states if state["backend"] == "gguf")
     if "llama-cpp-python" in gguf["missing"] or "gguf" in gguf["missing"]:
@@ -83,7 +108,7 @@ def _forward_pass(states: list[dict[str, Any]]) -> dict[str, Any]:
     return {"works": state.works, "problem": state.problem, "cure": state.cure}
 
 
-def _llama_cpp() -> dict[str, Any]:
+def _llama_cpp() -> ConverterFacts:
     from qwodel.backends.gguf.toolchain import installed_converter, lock
     from qwodel.exceptions import DependencyError
 

@@ -1,15 +1,11 @@
-"""The ``qwodel`` command: its verbs, and how errors become messages and exit codes.
+"""The ``qwodel`` command: its verbs.
 
 Verbs import what they need when they run, so ``--help`` and completion stay quick.
-
-Exit codes: 0 done; 1 the work failed (conversion, integrity); 2 bad input, option,
-backend or format; 3 a dependency is missing; 4 out of memory or disk; 5 calibration
-data; 130 interrupted.
+:mod:`qwodel.process` says which exit codes there are.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -18,8 +14,6 @@ from qwodel.cli import calibrate, check, formats, inspect, plan, quantize, quick
 from qwodel.version import __version__
 
 __all__ = ["app", "main"]
-
-_INTERRUPTED = 130
 
 app = typer.Typer(
     name="qwodel",
@@ -59,34 +53,11 @@ app.command("quickstart")(quickstart.quickstart)
 app.add_typer(smoothquant.app, name="smoothquant")
 
 
-def _say_interrupted() -> None:
-    from qwodel.cli.report import warn
-    from qwodel.process import ignore_interruptions
-
-    ignore_interruptions()
-    warn("interrupted; nothing was published")
-
-
 def main() -> None:
     """Run the command line; the console script's entry."""
-    from qwodel.process import prepare_process
+    from qwodel.process import main_of
 
-    prepare_process()
-    try:
-        app()
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # typer catches KeyboardInterrupt itself, and says nothing
-            _say_interrupted()
-        raise
-    except KeyboardInterrupt:
-        _say_interrupted()
-        sys.exit(_INTERRUPTED)
-    except Exception as error:
-        from qwodel.cli.report import exit_code, show_error
-
-        if not show_error(error, verbose="--verbose" in sys.argv or "-v" in sys.argv):
-            raise
-        sys.exit(exit_code(error))
+    main_of(app)
 
 
 if __name__ == "__main__":

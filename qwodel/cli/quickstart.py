@@ -21,8 +21,9 @@ def quickstart(
     from qwodel.backends import load_backend
     from qwodel.backends.gguf.runtime import speak
     from qwodel.cache import cache_dir
-    from qwodel.cli.report import progress_display, say, warn
+    from qwodel.cli.report import progress_display, say
     from qwodel.demo import QUESTION, demo_model
+    from qwodel.process import warn
     from qwodel.quantizer import Quantizer
 
     # The table below says what the adapter's warning would.

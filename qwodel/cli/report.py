@@ -5,63 +5,32 @@ from __future__ import annotations
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from qwodel.display import shown, shown_lines
-from qwodel.exceptions import (
-    BackendNotFoundError,
-    CalibrationError,
-    Cancelled,
-    ConfigurationError,
-    DependencyError,
-    QuantizationError,
-    ResourceError,
-    ValidationError,
-)
+from qwodel.process import warn
 from qwodel.report import json_text
 
 __all__ = [
-    "exit_code",
     "human_bytes",
     "print_json",
     "print_path",
     "print_table",
     "progress_display",
     "say",
-    "show_error",
-    "warn",
 ]
 
 _MESSAGE = 300  # characters of a progress message
-_CODES: Sequence[tuple[tuple[type[Exception], ...], int]] = (
-    ((ValidationError, ConfigurationError, BackendNotFoundError), 2),
-    ((DependencyError,), 3),
-    ((ResourceError, MemoryError), 4),
-    ((CalibrationError,), 5),
-    ((Cancelled,), 130),
-)
-
-
-def exit_code(error: BaseException) -> int:
-    """Return the documented exit code for ``error``."""
-    return next((code for kinds, code in _CODES if isinstance(error, kinds)), 1)
 
 
 def say(text: object) -> None:
     """Print text on standard output, made safe for a terminal."""
     typer.echo(shown_lines(text))
-
-
-def warn(text: object, *, colour: str | None = None) -> None:
-    """Print text on standard error, made safe for a terminal; where nobody listens any more, nothing happens."""
-    with suppress(OSError):
-        typer.secho(shown_lines(text), fg=colour if sys.stderr.isatty() else None, err=True)
 
 
 def print_path(path: Path) -> None:
@@ -70,23 +39,6 @@ def print_path(path: Path) -> None:
         say(path)
     else:
         typer.echo(os.fsencode(path))
-
-
-def show_error(error: BaseException, *, verbose: bool) -> bool:
-    """Print an error as cause and hint; return whether it was one of ours, or of memory."""
-    if isinstance(error, MemoryError):
-        error = ResourceError("memory ran out", hint="free some memory, or use a larger machine")
-    if not isinstance(error, QuantizationError):
-        return False
-    if verbose:
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            warn(line)
-        for line in getattr(error.__cause__, "lines", ()):
-            warn(f"  | {line}")
-    warn(f"error: {error}", colour="red")
-    if error.hint:
-        warn(f"hint: {error.hint}")
-    return True
 
 
 def print_json(value: Any) -> None:

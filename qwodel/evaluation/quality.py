@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qwodel.exceptions import ValidationError
+from qwodel.report import TensorQuality, decibels
 
-__all__ = ["LayerQuality", "QualityReporter", "sqnr"]
+__all__ = ["QualityReporter", "sqnr", "tensor_quality"]
 
 _PIECE = 1 << 20  # elements converted to fp64 at a time
 
@@ -25,7 +26,7 @@ def sqnr(reference: torch.Tensor, estimate: torch.Tensor) -> float:
         ValidationError: the shapes differ.
     """
     signal, noise = _powers(reference, estimate)
-    return _decibels(signal, noise)
+    return decibels(signal, noise)
 
 
 def _powers(reference: torch.Tensor, estimate: torch.Tensor) -> tuple[float, float]:
@@ -45,43 +46,14 @@ def _powers(reference: torch.Tensor, estimate: torch.Tensor) -> tuple[float, flo
     return signal, noise
 
 
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    if signal == 0 or not math.isfinite(noise):
-        return -math.inf
-    return 10 * math.log10(signal / noise)
+def tensor_quality(name: str, reference: torch.Tensor, estimate: torch.Tensor) -> TensorQuality:
+    """Measure a tensor against its source, of the same shape; sums are formed in fp64.
 
-
-@dataclass(frozen=True, slots=True)
-class LayerQuality:
-    """What one layer lost.
-
-    Attributes:
-        name: the layer.
-        weight_sqnr: of the weight, in dB.
-        mse: mean squared weight error.
-        output_sqnr: of the layer's output on the given activations, in dB, or ``None``.
+    Raises:
+        ValidationError: the shapes differ.
     """
-
-    name: str
-    weight_sqnr: float
-    mse: float
-    output_sqnr: float | None = None
-
-    @property
-    def judged_by(self) -> float:
-        """The number that counts: output SQNR where it is known, else weight SQNR."""
-        return self.weight_sqnr if self.output_sqnr is None else self.output_sqnr
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe: infinities become the strings ``"inf"`` and ``"-inf"``, which ``float()`` reads."""
-        fields = {"weight_sqnr_db": self.weight_sqnr, "mse": self.mse, "output_sqnr_db": self.output_sqnr}
-        numbers = {
-            key: value if value is None or math.isfinite(value) else str(value)
-            for key, value in fields.items()
-        }
-        return {"name": self.name} | numbers
+    signal, noise = _powers(reference, estimate)
+    return TensorQuality(name, decibels(signal, noise), noise / max(reference.numel(), 1))
 
 
 class QualityReporter:
@@ -95,7 +67,7 @@ class QualityReporter:
 
     def __init__(self, threshold: float = 30.0) -> None:
         self.threshold = threshold
-        self._layers: dict[str, LayerQuality] = {}
+        self._layers: dict[str, TensorQuality] = {}
 
     def add_layer(
         self,
@@ -104,7 +76,7 @@ class QualityReporter:
         dequantized: torch.Tensor,
         activations: torch.Tensor | None = None,
         gram: torch.Tensor | None = None,
-    ) -> LayerQuality:
+    ) -> TensorQuality:
         """Measure a layer. A name given again replaces the earlier measurement.
 
         Args:
@@ -115,24 +87,21 @@ class QualityReporter:
         Raises:
             ValidationError: shapes that do not fit, or both kinds of statistics.
         """
-        signal, noise = _powers(original, dequantized)
-        output = None
+        layer = tensor_quality(name, original, dequantized)
         if activations is not None and gram is not None:
             raise ValidationError("give either activations or gram, not both")
         if activations is not None or gram is not None:
-            output = _output_sqnr(original, dequantized, activations, gram)
-        mse = noise / original.numel() if original.numel() else 0.0
-        layer = LayerQuality(name, _decibels(signal, noise), mse, output)
+            layer = replace(layer, output_sqnr_db=_output_sqnr(original, dequantized, activations, gram))
         self._layers[name] = layer
         return layer
 
     @property
-    def layers(self) -> list[LayerQuality]:
+    def layers(self) -> list[TensorQuality]:
         """All layers, worst first; equals by name."""
         return sorted(self._layers.values(), key=lambda layer: (layer.judged_by, layer.name))
 
     @property
-    def below_threshold(self) -> list[LayerQuality]:
+    def below_threshold(self) -> list[TensorQuality]:
         """The layers to be warned about, worst first."""
         return [layer for layer in self.layers if layer.judged_by < self.threshold]
 
@@ -141,7 +110,7 @@ class QualityReporter:
         return {
             "threshold_db": self.threshold,
             "below_threshold": [layer.name for layer in self.below_threshold],
-            "layers": [layer.to_dict() for layer in self.layers],
+            "layers": [_described(layer) for layer in self.layers],
         }
 
     def get_report_string(self) -> str:
@@ -152,14 +121,22 @@ class QualityReporter:
         width = max(len("layer"), *(len(layer.name) for layer in layers))
         lines = [f"{'layer':<{width}}  weight SQNR  output SQNR  {'MSE':>9}"]
         for layer in layers:
-            output = "–" if layer.output_sqnr is None else f"{layer.output_sqnr:.2f}"
+            output = "–" if layer.output_sqnr_db is None else f"{layer.output_sqnr_db:.2f}"
             mark = f"  below {self.threshold:g} dB" if layer.judged_by < self.threshold else ""
             lines.append(
-                f"{layer.name:<{width}}  {layer.weight_sqnr:>11.2f}  {output:>11}  {layer.mse:>9.2e}{mark}"
+                f"{layer.name:<{width}}  {layer.sqnr_db:>11.2f}  {output:>11}  {layer.mse:>9.2e}{mark}"
             )
         low = len(self.below_threshold)
         lines.append(f"{len(layers)} layers, {low} below {self.threshold:g} dB; SQNR in dB")
         return "\n".join(lines)
+
+
+def _described(layer: TensorQuality) -> dict[str, str | float | None]:
+    """Infinities become the strings ``"inf"`` and ``"-inf"``, which ``float()`` reads."""
+    numbers = {"weight_sqnr_db": layer.sqnr_db, "mse": layer.mse, "output_sqnr_db": layer.output_sqnr_db}
+    return {"name": layer.name} | {
+        key: value if value is None or math.isfinite(value) else str(value) for key, value in numbers.items()
+    }
 
 
 def _output_sqnr(
@@ -178,9 +155,9 @@ def _output_sqnr(
     error = (dequantized.double() - original.double()).float()
     weight = original.float()
     if gram is not None:
-        return _decibels(_quadratic(weight, gram.float()), _quadratic(error, gram.float()))
+        return decibels(_quadratic(weight, gram.float()), _quadratic(error, gram.float()))
     inputs = activations.reshape(-1, columns).float()  # type: ignore[union-attr]
-    return _decibels(_energy(inputs @ weight.T), _energy(inputs @ error.T))
+    return decibels(_energy(inputs @ weight.T), _energy(inputs @ error.T))
 
 
 def _quadratic(rows: torch.Tensor, form: torch.Tensor) -> float:

@@ -13,12 +13,11 @@ from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.run.carry_out import CarriedOut, carry_out
-from qwodel.checkpoint.run.verify import LayerQuality
 from qwodel.exceptions import ValidationError
 from qwodel.hashes import SourceFiles
 from qwodel.int8.recipe import Int8Arguments
 from qwodel.output import StagedOutput, disk_errors
-from qwodel.report import envelope, source_facts
+from qwodel.report import TensorQuality, envelope, source_facts
 from qwodel.side_files import files_beside
 from qwodel.untrusted import checked_path, kind_of
 
@@ -41,7 +40,7 @@ class Int8Conversion:
     """
 
     path: Path
-    quality: tuple[LayerQuality, ...]
+    quality: tuple[TensorQuality, ...]
     below_threshold: tuple[str, ...]
     warnings: tuple[str, ...]
     fell_back: tuple[str, ...] = ()

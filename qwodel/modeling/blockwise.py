@@ -219,7 +219,7 @@ class _Run:
             try:
                 solutions = self.solve([weights[key] for key in group], task, statistics)
             except QuantizationError as error:
-                raise type(error)(f"{group[0]}: {error}", hint=error.hint) from error
+                raise error.within(group[0]) from error
             self.store.add({layer_name(key): each.codes for key, each in zip(group, solutions, strict=True)})
             for key, solution in zip(group, solutions, strict=True):
                 self.reports[layer_name(key)] = solution.report

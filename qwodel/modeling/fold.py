@@ -14,7 +14,7 @@ from torch import nn
 
 from qwodel.exceptions import ValidationError
 from qwodel.modeling.pairs import Pair, input_weight, output_weight
-from qwodel.modeling.wiring_table import Kind
+from qwodel.modeling.wiring_table import ProducerKind
 
 __all__ = ["fold_scales", "kept_weights", "remember_weights"]
 
@@ -45,13 +45,13 @@ def fold_scales(model: nn.Module, pair: Pair, scales: torch.Tensor) -> None:
 
 def _shrink_producer(model: nn.Module, pair: Pair, factors: torch.Tensor) -> None:
     producer = model.get_submodule(pair.producer)
-    if pair.kind is Kind.NORM_PLUS_ONE:
+    if pair.kind is ProducerKind.NORM_PLUS_ONE:
         weight = producer.weight
         assert isinstance(weight, nn.Parameter)
         factors = factors.to(weight.device)
         weight.copy_(((1.0 + weight.double()) / factors - 1.0).to(weight.dtype))
         return
-    if pair.kind is Kind.NORM:
+    if pair.kind is ProducerKind.NORM:
         parameters = [(each, 0) for each in (producer.weight, getattr(producer, "bias", None))]
         outputs = slice(None)
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qwodel.exceptions import ValidationError
-from qwodel.modeling.wiring_table import Kind
+from qwodel.modeling.wiring_table import ProducerKind
 
 __all__ = ["Pair", "input_weight", "make_pair", "output_weight"]
 
@@ -25,7 +25,7 @@ class Pair:
 
     producer: str
     consumers: tuple[str, ...]
-    kind: Kind
+    kind: ProducerKind
     channels: int
     outputs: tuple[int, int]
     head_dim: int = 0
@@ -64,7 +64,9 @@ def output_weight(model: nn.Module, name: str) -> tuple[nn.Parameter, int]:
     return weight, weight.ndim - 2 if inputs == weight.ndim - 1 else weight.ndim - 1
 
 
-def make_pair(model: nn.Module, producer: str, consumers: tuple[str, ...], kind: Kind, config: Any) -> Pair:
+def make_pair(
+    model: nn.Module, producer: str, consumers: tuple[str, ...], kind: ProducerKind, config: Any
+) -> Pair:
     """Return the pair with its sizes, from the layers' shapes and the model's head counts.
 
     Raises:
@@ -74,11 +76,11 @@ def make_pair(model: nn.Module, producer: str, consumers: tuple[str, ...], kind:
     columns = inputs.pop()
     if inputs:
         raise ValidationError(f"the layers that read {producer} differ in columns: {', '.join(consumers)}")
-    if kind in (Kind.NORM, Kind.NORM_PLUS_ONE):
+    if kind in (ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE):
         return Pair(producer, consumers, kind, columns, (0, columns))
     weight, axis = output_weight(model, producer)
     rows = weight.shape[axis]
-    if kind is Kind.LINEAR:
+    if kind is ProducerKind.LINEAR:
         channels, head_dim, groups = columns, 0, 1
     else:
         heads = int(config.num_attention_heads)

@@ -124,7 +124,7 @@ class InputRecorder:
         try:
             self._sum(layer, inputs)
         except ValidationError as error:
-            raise ValidationError(f"{layer[0]}: {error}", hint=error.hint) from error
+            raise error.within(layer[0]) from error
 
     def _linear(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.add((f"{name}.weight", None), first_input(args, kwargs))

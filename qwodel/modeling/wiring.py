@@ -16,9 +16,9 @@ from torch import nn
 from qwodel.exceptions import ValidationError
 from qwodel.modeling.pairs import Pair, make_pair
 from qwodel.modeling.wiring_probe import infer_pairs, preserves_function
-from qwodel.modeling.wiring_table import RULES, Kind, Rule
+from qwodel.modeling.wiring_table import RULES, ProducerKind, Rule
 
-__all__ = ["Kind", "Pair", "find_pairs", "preserves_function"]
+__all__ = ["Pair", "ProducerKind", "find_pairs", "preserves_function"]
 
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.\d+")
 

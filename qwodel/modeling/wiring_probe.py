@@ -14,7 +14,7 @@ from qwodel.exceptions import ValidationError
 from qwodel.modeling.fold import fold_scales, kept_weights
 from qwodel.modeling.norm_readers import find_norm_readers
 from qwodel.modeling.pairs import Pair, input_weight, make_pair
-from qwodel.modeling.wiring_table import Kind
+from qwodel.modeling.wiring_table import ProducerKind
 
 __all__ = ["default_probe", "infer_pairs", "preserves_function"]
 
@@ -61,7 +61,7 @@ def infer_pairs(model: nn.Module, probe: torch.Tensor | None, config: Any) -> tu
             group = tuple(pair for pair in group if pair.consumers not in taken)
             if group and preserves_function(model, group, probe) <= bound:
                 kept.extend(group)
-    if not any(pair.kind in (Kind.NORM, Kind.NORM_PLUS_ONE) for pair in kept):
+    if not any(pair.kind in (ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE) for pair in kept):
         tried = ", ".join(sorted({_pattern(norm) for norm in readers})[:4])
         return (), f"scales do not pass from its norms ({tried}) to the layers that read them"
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
@@ -127,19 +127,19 @@ def _grouped(pairs: Iterable[Pair]) -> list[tuple[Pair, ...]]:
 def _norm_candidates(
     model: nn.Module, readers: dict[str, list[str]], config: Any
 ) -> Iterator[list[tuple[Pair, ...]]]:
-    for kind in (Kind.NORM, Kind.NORM_PLUS_ONE):
+    for kind in (ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE):
         yield _grouped(make_pair(model, norm, tuple(names), kind, config) for norm, names in readers.items())
 
 
 def _inner_candidates(model: nn.Module, inner: list[str], config: Any) -> Iterator[list[tuple[Pair, ...]]]:
     """Yield, for every layer that reads no norm, the layers beside it whose outputs fit its inputs."""
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    for kind in (Kind.LINEAR, Kind.VALUE):
+    for kind in (ProducerKind.LINEAR, ProducerKind.VALUE):
         candidates = []
         for consumer in inner:
             parent = consumer.rpartition(".")[0]
             weight, axis = input_weight(model, consumer)
-            if kind is Kind.VALUE and (not heads or weight.shape[axis] % heads):
+            if kind is ProducerKind.VALUE and (not heads or weight.shape[axis] % heads):
                 continue
             for child, module in model.get_submodule(parent).named_children():
                 producer = f"{parent}.{child}" if parent else child

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["RULES", "Kind", "Rule"]
+__all__ = ["RULES", "ProducerKind", "Rule"]
 
 
-class Kind(StrEnum):
+class ProducerKind(StrEnum):
     """How scales fold into a producer."""
 
     NORM = "norm"
@@ -34,7 +34,7 @@ class Kind(StrEnum):
 class Rule:
     """One producer and everything that reads its output."""
 
-    kind: Kind
+    kind: ProducerKind
     producer: str
     consumers: tuple[str, ...]
     needs: tuple[str, ...] = ()
@@ -43,15 +43,15 @@ class Rule:
 
 
 def _norm(producer: str, *consumers: str, **conditions: Any) -> Rule:
-    return Rule(Kind.NORM, producer, consumers, **conditions)
+    return Rule(ProducerKind.NORM, producer, consumers, **conditions)
 
 
 def _linear(producer: str, *consumers: str, **conditions: Any) -> Rule:
-    return Rule(Kind.LINEAR, producer, consumers, **conditions)
+    return Rule(ProducerKind.LINEAR, producer, consumers, **conditions)
 
 
 def _value(producer: str, *consumers: str, **conditions: Any) -> Rule:
-    return Rule(Kind.VALUE, producer, consumers, **conditions)
+    return Rule(ProducerKind.VALUE, producer, consumers, **conditions)
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -88,17 +88,17 @@ _MOE = (
 )
 
 _GEMMA = (
-    Rule(Kind.NORM_PLUS_ONE, "input_layernorm", _QKV),
+    Rule(ProducerKind.NORM_PLUS_ONE, "input_layernorm", _QKV),
     _V_O,
-    Rule(Kind.NORM_PLUS_ONE, "post_attention_layernorm", _GATE_UP),
+    Rule(ProducerKind.NORM_PLUS_ONE, "post_attention_layernorm", _GATE_UP),
     _UP_DOWN,
 )
 
 # Two more norms a layer; post_attention_layernorm feeds the residual here.
 _GEMMA_2 = (
-    Rule(Kind.NORM_PLUS_ONE, "input_layernorm", _QKV),
+    Rule(ProducerKind.NORM_PLUS_ONE, "input_layernorm", _QKV),
     _V_O,
-    Rule(Kind.NORM_PLUS_ONE, "pre_feedforward_layernorm", _GATE_UP),
+    Rule(ProducerKind.NORM_PLUS_ONE, "pre_feedforward_layernorm", _GATE_UP),
     _UP_DOWN,
 )
 

@@ -20,7 +20,7 @@ from torch import nn
 from qwodel.algorithms.quant_types import INT8
 
 __all__ = [
-    "Rounded",
+    "RoundedInputs",
     "int8_product",
     "int_mm_works",
     "multiply",
@@ -44,7 +44,7 @@ _IN_CACHE = 1 << 19  # numbers that are taken through all passes before the next
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rounded:
+class RoundedInputs:
     """Codes ``[T, N]``, valid until the thread rounds again, and their scales, fp32 ``[T, 1]`` or ``[1, 1]``."""
 
     codes: torch.Tensor
@@ -56,7 +56,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.kept: dict[str, torch.Tensor] = {}
-        self.last: tuple[weakref.ref[torch.Tensor], int, Hashable, Rounded] | None = None
+        self.last: tuple[weakref.ref[torch.Tensor], int, Hashable, RoundedInputs] | None = None
 
     def take(self, use: str, like: torch.Tensor, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
         if like.device.type != "cpu" or torch.compiler.is_compiling():
@@ -78,7 +78,7 @@ def rows_at_once(columns: int, outputs: int) -> int:
     return max(_AT_ONCE // max(columns, outputs), 64)
 
 
-def recall(x: torch.Tensor, key: Hashable) -> Rounded | None:
+def recall(x: torch.Tensor, key: Hashable) -> RoundedInputs | None:
     """What ``x`` was last rounded to under ``key``, if it was the last and has not changed since."""
     last = _scratch.last
     if last is None or x.is_inference() or last[0]() is not x:
@@ -87,13 +87,13 @@ def recall(x: torch.Tensor, key: Hashable) -> Rounded | None:
     return last[3] if same else None
 
 
-def remember(x: torch.Tensor, key: Hashable, rounded: Rounded) -> None:
+def remember(x: torch.Tensor, key: Hashable, rounded: RoundedInputs) -> None:
     """Keep what :func:`recall` returns. Inference tensors have no version, so changes would go unseen."""
     if not x.is_inference():
         _scratch.last = (weakref.ref(x), x._version, key, rounded)  # noqa: SLF001
 
 
-def round_rows(rows: torch.Tensor, scale: torch.Tensor | None = None) -> Rounded:
+def round_rows(rows: torch.Tensor, scale: torch.Tensor | None = None) -> RoundedInputs:
     """Round ``rows`` ``[T, N]`` with ``scale``, fp32 ``[1, 1]``, or with one of each row's own."""
     count, columns = rows.shape
     _scratch.last = None  # its codes may be overwritten
@@ -101,7 +101,7 @@ def round_rows(rows: torch.Tensor, scale: torch.Tensor | None = None) -> Rounded
     if rows.numel() <= _SMALL:
         scales = _row_scales(rows) if scale is None else scale
         values = torch.div(rows, scales).round_()
-        return Rounded((values if own else values.clamp_(-128, INT8.qmax)).to(torch.int8), scales)
+        return RoundedInputs((values if own else values.clamp_(-128, INT8.qmax)).to(torch.int8), scales)
     codes = _scratch.take("codes", rows, torch.int8, count, columns)
     scales = rows.new_empty(count, 1, dtype=torch.float32) if scale is None else scale
     step = _at_a_time(rows)
@@ -113,7 +113,7 @@ def round_rows(rows: torch.Tensor, scale: torch.Tensor | None = None) -> Rounded
         values = torch.div(part, part_scale, out=work[: len(part)]).round_()
         # Nothing in a row exceeds the row's own greatest value.
         codes[start : start + step].copy_(values if own else values.clamp_(-128, INT8.qmax))
-    return Rounded(codes, scales)
+    return RoundedInputs(codes, scales)
 
 
 def _at_a_time(matrix: torch.Tensor) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from qwodel.algorithms.quant_types import INT8, ROW
-from qwodel.algorithms.scales import quantize
-from qwodel.modules.int8_arithmetic import Rounded, int_mm_works, multiply, rescale, round_rows
+from qwodel.algorithms.scales import quantize_matrix
+from qwodel.modules.int8_arithmetic import RoundedInputs, int_mm_works, multiply, rescale, round_rows
 
 __all__ = ["Int8Experts", "Product", "gate_of", "run_experts"]
 
@@ -102,7 +102,7 @@ class Int8Experts(nn.Module):
         codes = {}
         for name in ("gate_up_proj", "down_proj"):
             weight = getattr(experts, name).detach()
-            found = quantize(weight.reshape(-1, weight.shape[-1]), INT8, ROW)
+            found = quantize_matrix(weight.reshape(-1, weight.shape[-1]), INT8, ROW)
             codes[name] = found.codes.reshape(weight.shape), found.scale.reshape(*weight.shape[:2], 1)
         return cls(experts, codes)
 
@@ -119,7 +119,7 @@ class Int8Experts(nn.Module):
         codes, scale = rounded.codes.clone(), rounded.scale
 
         def gate_up(expert: int, tokens: torch.Tensor) -> torch.Tensor:
-            return self._product("gate_up_proj", expert, Rounded(codes[tokens], scale[tokens]), dtype)
+            return self._product("gate_up_proj", expert, RoundedInputs(codes[tokens], scale[tokens]), dtype)
 
         def down(expert: int, inputs: torch.Tensor) -> torch.Tensor:
             return self._product("down_proj", expert, round_rows(inputs), dtype)
@@ -134,7 +134,7 @@ class Int8Experts(nn.Module):
         scale: torch.Tensor = getattr(self, f"{name}_scale")
         return codes.float() * scale
 
-    def _product(self, name: str, expert: int, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+    def _product(self, name: str, expert: int, rounded: RoundedInputs, dtype: torch.dtype) -> torch.Tensor:
         weight, scale = getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert]
         product = (
             multiply(rounded.codes, weight, keep=False)
@@ -144,4 +144,5 @@ class Int8Experts(nn.Module):
         return rescale(product, rounded.scale, scale.T, None, dtype)
 
     def extra_repr(self) -> str:
+        """Number of experts and shape of one's gate and up projections."""
         return f"{self.count} experts, {tuple(self.gate_up_proj.shape[1:])}"

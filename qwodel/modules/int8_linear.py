@@ -15,10 +15,10 @@ from torch import nn
 
 from qwodel.algorithms.hadamard import convrot_matrix, convrot_weight
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
-from qwodel.algorithms.scales import Quantized, quantize
+from qwodel.algorithms.scales import Quantized, quantize_matrix
 from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.modules.int8_arithmetic import (
-    Rounded,
+    RoundedInputs,
     int_mm_works,
     multiply,
     recall,
@@ -111,7 +111,7 @@ class Int8Linear(nn.Module):
         matrix = weight.detach().T if type(linear).__name__ == "Conv1D" else weight.detach()
         if rotation:
             matrix = convrot_weight(matrix, rotation)
-        codes = quantize(matrix.contiguous(), INT8, granularity)
+        codes = quantize_matrix(matrix.contiguous(), INT8, granularity)
         bias = linear.bias if isinstance(getattr(linear, "bias", None), torch.Tensor) else None
         return cls.from_codes(
             codes,
@@ -173,7 +173,7 @@ class Int8Linear(nn.Module):
             out = torch.cat([self._product(part, x.dtype) for part in parts])
         return out.reshape(*x.shape[:-1], self.out_features)
 
-    def _rounded(self, x: torch.Tensor, rows: torch.Tensor) -> Rounded:
+    def _rounded(self, x: torch.Tensor, rows: torch.Tensor) -> RoundedInputs:
         """The codes of ``x``: those it had in the layer before, if that read the same."""
         elsewhere = x.device.type != "cpu" or torch.compiler.is_compiling()
         key = None if elsewhere else (self.activations, self.rotation, self._static())
@@ -188,7 +188,7 @@ class Int8Linear(nn.Module):
     def _static(self) -> float | None:
         return None if self.input_scale is None else float(self.input_scale)
 
-    def _product(self, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+    def _product(self, rounded: RoundedInputs, dtype: torch.dtype) -> torch.Tensor:
         if self.exact:
             product = multiply(rounded.codes, self.weight, keep=False)
         else:
@@ -214,5 +214,6 @@ class Int8Linear(nn.Module):
         return tensor_scale(rows) if self.activations == "tensor" and rows.numel() else None
 
     def extra_repr(self) -> str:
+        """Sizes, and how inputs are rounded and rotated."""
         rotated = f", rotation={self.rotation}" if self.rotation else ""
         return f"{self.in_features}, {self.out_features}, activations={self.activations}{rotated}"

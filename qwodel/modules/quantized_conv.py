@@ -43,6 +43,7 @@ class ConvGeometry:
         )
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Pad ``[batch, channels, *spatial]`` as the convolution would pad itself."""
         return functional.pad(x, self.sides, mode=self.mode) if any(self.sides) else x
 
     @property
@@ -137,6 +138,7 @@ class QuantizedConv(nn.Module):
         return out.reshape(len(padded), positions, -1).transpose(1, 2).reshape(len(padded), -1, *spatial)
 
     def extra_repr(self) -> str:
+        """Kernel, stride, groups, and whether real arithmetic is used."""
         return f"{self.geometry.kernel}, stride={self.geometry.stride}, groups={self.geometry.groups}, real={self.real}"
 
 

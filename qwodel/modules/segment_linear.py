@@ -258,4 +258,5 @@ class SegmentLinear(nn.Module):
             self.bias = (self.bias.double() * factors.double()).to(self.bias.dtype)
 
     def extra_repr(self) -> str:
+        """Sizes, and whether real arithmetic is used."""
         return f"{self.in_features}, {self.out_features}, real={self.real}"

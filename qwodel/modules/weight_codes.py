@@ -114,4 +114,5 @@ class WeightCodes(nn.Module):
         return groups.repeat_interleave(sizes, dim=1, output_size=self.shape[1])
 
     def extra_repr(self) -> str:
+        """Shape, what a code is, and the number of groups of columns."""
         return f"{list(self.shape)}, {self.quant_type or self.codes.dtype}, {len(self.sizes)} groups"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from qwodel.checkpoint.files.dtypes import torch_dtype
 from qwodel.exceptions import CalibrationError, ConversionError, IntegrityError, ValidationError
 from qwodel.process_state import MODEL_BUILDING
+from qwodel.report import decibels
 from qwodel.segquant.batches import Call, calls_of, run_call, tensors_of
 from qwodel.segquant.calibration_files import read_meta
 from qwodel.segquant.calibration_set import load_calibrate_set
@@ -121,9 +121,9 @@ class Denoiser:
         report = quantize_model(self.model, calls, settings, per_layer_mode=per_layer_mode, on_layer=on_layer)
         self._expected = self._outputs(self.model)
         error = float((self._expected - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
-        return _described(report) | {"outputs_sqnr": round(-10 * math.log10(max(error, 1e-30)), 2)}
+        return _described(report) | {"outputs_sqnr": round(decibels(1.0, max(error, 1e-30)), 2)}
 
-    def save(self, path: Path, *, max_shard_size: int) -> dict[str, Any]:
+    def save(self, path: Path, *, max_shard_size: int) -> float:
         """Write the model, or the pipeline with it, and all side files; return the bits a weight takes."""
         target = path / self.folder
         target.mkdir(parents=True)
@@ -131,7 +131,7 @@ class Denoiser:
         copy_side_files(side_files(self.source.path, pipeline=bool(self.folder), quantized=replaced), path)
         save_quantized(self.model, target, max_shard_size=max_shard_size)
         stored = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-        return {"bits_per_weight": round(stored * 8 / max(self.source.parameters, 1), 3)}
+        return round(stored * 8 / max(self.source.parameters, 1), 3)
 
     def read_back(self, path: Path) -> None:
         """Open what was written as users will; compare every tensor, and the outputs.

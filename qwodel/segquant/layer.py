@@ -13,7 +13,7 @@ from qwodel.modules.segment_linear import SegmentLinear
 from qwodel.segquant.observe import LayerInputs
 from qwodel.segquant.seams import Seams, WeightCut
 from qwodel.segquant.settings import LayerSettings, Optimum, OptimumSettings
-from qwodel.segquant.solve import Choice, Problem, shared_smoothing, solve
+from qwodel.segquant.solve import LayerProblem, SolvedLayer, shared_smoothing, solve
 
 __all__ = ["Smoothing", "is_target", "quantize_layer", "sample_limit", "sampled_rows", "settle_together"]
 
@@ -64,7 +64,7 @@ Smoothing = tuple[float | None, torch.Tensor | None]
 def settle_together(layers: Sequence[nn.Module], inputs: LayerInputs, settings: LayerSettings) -> Smoothing:
     """One smoothing for linear layers that read the same, so that the layer before can take it."""
     matrix = torch.cat([matrix_of(layer) for layer in layers])
-    return shared_smoothing(Problem(matrix, inputs, settings, _whole(matrix)))
+    return shared_smoothing(LayerProblem(matrix, inputs, settings, _whole(matrix)))
 
 
 def quantize_layer(
@@ -74,14 +74,14 @@ def quantize_layer(
     settings: LayerSettings,
     seams: Seams,
     smoothing: Smoothing | None = None,
-) -> tuple[nn.Module, Choice]:
+) -> tuple[nn.Module, SolvedLayer]:
     """The quantized layer, and what was chosen for it."""
     bias = None if layer.bias is None else layer.bias.detach().clone()
     dtype = layer.weight.dtype
     matrix = matrix_of(layer)
     if isinstance(layer, nn.Linear):
         cut = seams.cut(name, matrix) if settings.seglinear else _whole(matrix)
-        problem = Problem(matrix, inputs, settings, cut, name in seams.activated, smoothing, dtype)
+        problem = LayerProblem(matrix, inputs, settings, cut, name in seams.activated, smoothing, dtype)
         choice = solve(problem)
         return SegmentLinear(choice.parts, bias, real=settings.real_quant, dtype=dtype), choice
     # Channels of images do not meet a product each, so there is nothing to smooth; weights have a scale a channel.
@@ -91,7 +91,7 @@ def quantize_layer(
             "weight_quant": settings.weight_quant.model_copy(update={"axis": 1}),
         }
     )
-    choice = solve(Problem(matrix, inputs, plain, _whole(matrix)))
+    choice = solve(LayerProblem(matrix, inputs, plain, _whole(matrix)))
     part = choice.parts[0]
     conv = QuantizedConv(
         part.inputs, part.weight, bias, ConvGeometry.of(layer), real=settings.real_quant, dtype=dtype

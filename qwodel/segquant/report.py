@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from qwodel.modeling.patterns import Patterns
+from qwodel.report import decibels
 
 __all__ = ["LayerReport", "QuantizationReport"]
 
@@ -25,8 +25,8 @@ class LayerReport:
 
     @property
     def sqnr(self) -> float:
-        """The error in dB."""
-        return -10 * math.log10(max(self.error, 1e-30))
+        """The same in dB; at most 300."""
+        return decibels(1.0, max(self.error, 1e-30))
 
 
 @dataclass

@@ -8,18 +8,18 @@ import torch
 
 from qwodel.algorithms.gptq import GptqOptions, gptq_together
 from qwodel.algorithms.quant_types import ROW, TENSOR, Granularity, QuantType
-from qwodel.algorithms.scales import quantize, search_scale
+from qwodel.algorithms.scales import quantize_matrix, search_scale
 from qwodel.modules.input_rounding import asymmetric_range
 from qwodel.modules.weight_codes import WeightCodes
 from qwodel.segquant.seams import WeightCut
 from qwodel.segquant.settings import CalibrationSettings, WeightSettings
 
-__all__ = ["round_weight"]
+__all__ = ["round_segments"]
 
 _SMALLEST = 1e-12
 
 
-def round_weight(
+def round_segments(
     weight: torch.Tensor,
     settings: WeightSettings,
     calib: CalibrationSettings,
@@ -88,7 +88,7 @@ def _symmetric(
         solved = []
         for piece in pieces:
             scale = search_scale(piece, kind, granularity, channel_weights=weights) if search else None
-            solved.append(quantize(piece, kind, granularity, scale))
+            solved.append(quantize_matrix(piece, kind, granularity, scale))
     scales = [
         each.scale.reshape(1, 1).expand(len(piece), 1) if granularity == TENSOR else each.scale
         for each, piece in zip(solved, pieces, strict=True)

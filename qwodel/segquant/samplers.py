@@ -50,6 +50,7 @@ class AllSampler(Sampler):
     """Every call."""
 
     def choose(self, calls: int, run: int) -> Sequence[int]:
+        """All of them."""
         return range(calls)
 
 
@@ -60,6 +61,7 @@ class UniformSampler(Sampler):
     timestep_per_sample: int = 5
 
     def choose(self, calls: int, run: int) -> Sequence[int]:
+        """``timestep_per_sample`` numbers at even distances, first and last among them; one is the middle."""
         count = min(self.timestep_per_sample, calls)
         if count == 1:
             return [(calls - 1) // 2]
@@ -89,6 +91,7 @@ class NormalSampler(Sampler):
             )
 
     def choose(self, calls: int, run: int) -> Sequence[int]:
+        """``timestep_per_sample`` numbers drawn without replacement, by normal odds over a run mapped to [0, 1]."""
         places = torch.linspace(0, 1, calls, dtype=torch.float64) if calls > 1 else torch.zeros(1)
         odds = torch.exp(-(((places - self.mean) / self.std) ** 2) / 2).clamp_min(1e-12)
         generator = torch.Generator().manual_seed(self.seed + run)
@@ -109,6 +112,11 @@ class TimestepSampler(Sampler):
             raise ConfigurationError("no timestep is given", hint="AllSampler keeps them all")
 
     def choose(self, calls: int, run: int) -> Sequence[int]:
+        """The numbers given, rising and once each; negative ones count from the end.
+
+        Raises:
+            ConfigurationError: a number outside the run.
+        """
         outside = [each for each in self.timesteps if not -calls <= each < calls]
         if outside:
             raise ConfigurationError(

@@ -102,6 +102,7 @@ class AlphaSearch(_Settings):
         return self
 
     def values(self) -> list[float]:
+        """The values to try, rising, ``max`` last."""
         count = int((self.max - self.min) / self.step + 1e-9)
         inner = [round(self.min + self.step * index, 10) for index in range(count + 1)]
         return inner if inner[-1] >= self.max - 1e-9 else [*inner, self.max]

@@ -11,12 +11,12 @@ from qwodel.algorithms.smoothing import smoothing_scales
 from qwodel.modules.segment_linear import SegmentProduct
 from qwodel.segquant.input_scales import input_rounding
 from qwodel.segquant.observe import SEARCH_ROWS, LayerInputs, thinned
-from qwodel.segquant.rounding import round_weight
+from qwodel.segquant.rounding import round_segments
 from qwodel.segquant.seams import WeightCut
 from qwodel.segquant.settings import Calibrate, LayerSettings, Optimum, Polarity
 from qwodel.segquant.smoothed_weight import Factors, SmoothedWeight, low_rank_branch
 
-__all__ = ["Choice", "Problem", "shared_smoothing", "solve"]
+__all__ = ["LayerProblem", "SolvedLayer", "shared_smoothing", "solve"]
 
 _LEAST_SCALE, _MOST_SCALE = 1e-4, 1e4
 _ASYMMETRY = 0.5
@@ -27,7 +27,7 @@ _PRODUCTS_PRICE = 1.05
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class LayerProblem:
     """A weight ``[M, N]`` and what it meets.
 
     Attributes:
@@ -45,13 +45,13 @@ class Problem:
     smoothing: tuple[float | None, torch.Tensor | None] | None = None
     dtype: torch.dtype = torch.float32
 
-    def rows(self, part: slice, height: int) -> Problem:
+    def rows(self, part: slice, height: int) -> LayerProblem:
         """The problem of some of the outputs."""
         return replace(self, weight=self.weight[part], cut=WeightCut((height,), self.cut.inputs))
 
 
 @dataclass(eq=False)
-class Choice:
+class SolvedLayer:
     """A solved layer.
 
     Attributes:
@@ -67,14 +67,14 @@ class Choice:
     tried: dict[str, float] = field(default_factory=dict)
 
 
-def shared_smoothing(problem: Problem) -> tuple[float | None, torch.Tensor | None]:
+def shared_smoothing(problem: LayerProblem) -> tuple[float | None, torch.Tensor | None]:
     """The smoothing of least error for layers that read the same, their weights stacked in one problem."""
     search = _Search(problem)
     plan = search.settle().plan
     return plan.alpha, search.smoothing(plan.alpha)
 
 
-def solve(problem: Problem) -> Choice:
+def solve(problem: LayerProblem) -> SolvedLayer:
     """The best product of a problem under its settings."""
     search = _Search(problem)
     whole = search.settle()
@@ -91,7 +91,7 @@ def solve(problem: Problem) -> Choice:
     choices = [each.refine(made) for each, made in zip(single, settled, strict=True)]
     parts = [part for each in choices for part in each.parts]
     how = f"{len(parts)} parts: {'; '.join(each.how for each in choices)}"
-    return Choice(parts, _together(single, [each.error for each in choices]), how)
+    return SolvedLayer(parts, _together(single, [each.error for each in choices]), how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class _Made:
 class _Search:
     """Tries plans for one problem."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: LayerProblem) -> None:
         self.problem = problem
         self.opt, self.calib = problem.settings.opt, problem.settings.calib
         self.sample = thinned(problem.inputs.rows, SEARCH_ROWS)
@@ -162,7 +162,7 @@ class _Search:
             self._settled[plan] = self._make(plan, self.sample)
         return self._settled[plan]
 
-    def refine(self, settled: _Made) -> Choice:
+    def refine(self, settled: _Made) -> SolvedLayer:
         """Scales, then codes, then the low-rank branch: each step where held-out rows gain by it."""
         held = self.problem.inputs.held
         best = replace(settled, error=self._error(settled.product, held))
@@ -172,7 +172,7 @@ class _Search:
                 best = made
         if self.opt.type is Optimum.SVD:
             best = self._alternate(best, held)
-        return Choice([best.product], best.error, str(best.plan), self.tried)
+        return SolvedLayer([best.product], best.error, str(best.plan), self.tried)
 
     def smoothing(self, alpha: float | None) -> torch.Tensor | None:
         """What inputs are divided by."""
@@ -241,7 +241,7 @@ class _Search:
             metric = fit.T @ fit / len(fit)
         up, down = branch or smoothed.branch or (None, None)
         left = smoothed.weight if up is None or down is None else smoothed.weight - up.float() @ down.float()
-        codes = round_weight(
+        codes = round_segments(
             left, settings.weight_quant, self.calib, WeightCut(self.problem.cut.outputs, plan.sizes),
             gram=metric, search=plan.fitted, solve=plan.solved,
         )  # fmt: skip

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         load_activation_scales,
         save_activation_scales,
     )
+    from qwodel.smoothquant.evaluate import evaluate_ppl
     from qwodel.smoothquant.fake_quant import (
         fake_quantize_activation_per_channel_asymmetric,
         fake_quantize_activation_per_channel_symmetric,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from qwodel.smoothquant.int8_model import Int8ForCausalLM
     from qwodel.smoothquant.observe import ActivationStatistics, observe_activations
     from qwodel.smoothquant.opt import Int8OPTForCausalLM
-    from qwodel.smoothquant.ppl_eval import evaluate_ppl
     from qwodel.smoothquant.scheme import Scheme
     from qwodel.smoothquant.simulate import fake_quantized
     from qwodel.smoothquant.smooth import Smoothed, smooth_lm, smooth_model
@@ -69,7 +69,7 @@ _HOME = {
     "Int8ForCausalLM": "int8_model",
     "Int8OPTForCausalLM": "opt",
     "Scheme": "scheme",
-    "evaluate_ppl": "ppl_eval",
+    "evaluate_ppl": "evaluate",
     "fake_quantized": "simulate",
 }
 

@@ -233,7 +233,7 @@ def _as_scales(source: Path) -> Iterator[None]:
         with foreign_errors("it cannot be read"):
             yield
     except QuantizationError as error:
-        raise ValidationError(f"{what}: {error}", hint=error.hint) from error
+        raise error.within(what) from error
 
 
 def _scales(value: Any, what: str) -> torch.Tensor:

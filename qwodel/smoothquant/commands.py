@@ -6,19 +6,18 @@ before a tool runs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qwodel.display import shown, shown_lines
-from qwodel.exceptions import ConfigurationError, QuantizationError
-from qwodel.process import prepare_process
+from qwodel.display import shown
+from qwodel.exceptions import ConfigurationError
+from qwodel.process import main_of
 from qwodel.untrusted import checked_path, kind_of
 
-__all__ = ["TOOLS", "application", "export_int8_model", "generate_act_scales", "main_of", "ppl_eval"]
+__all__ = ["TOOLS", "application", "export_int8_model", "generate_act_scales", "ppl_eval"]
 
 _DATASET = "Calibration text: a .txt, .json, .jsonl or .parquet file, a folder, or a hub dataset (repo or repo:subset)."
 
@@ -123,7 +122,7 @@ def ppl_eval(
 ) -> None:
     """Evaluate perplexity of quantized models."""
     from qwodel.smoothquant.calibration import load_activation_scales
-    from qwodel.smoothquant.ppl_eval import evaluate_ppl
+    from qwodel.smoothquant.evaluate import evaluate_ppl
 
     if smooth and act_scales_path is None:
         raise ConfigurationError(
@@ -159,31 +158,19 @@ def application(name: str) -> typer.Typer:
     return made
 
 
-def main_of(name: str) -> None:
-    """Run a tool as a program: errors are printed as cause and hint, with exit code 2."""
-    prepare_process()
-    try:
-        application(name)()
-    except QuantizationError as error:
-        typer.echo(shown_lines(f"error: {error}"), err=True)
-        if error.hint:
-            typer.echo(shown_lines(f"hint: {error.hint}"), err=True)
-        sys.exit(2)
-
-
 def generate_act_scales_main() -> None:
     """The console script ``generate_act_scales``."""
-    main_of("generate-act-scales")
+    main_of(application("generate-act-scales"))
 
 
 def export_int8_model_main() -> None:
     """The console script ``export_int8_model``."""
-    main_of("export-int8-model")
+    main_of(application("export-int8-model"))
 
 
 def ppl_eval_main() -> None:
     """The console script ``ppl_eval``."""
-    main_of("ppl-eval")
+    main_of(application("ppl-eval"))
 
 
 def _check_suffix(path: Path) -> None:

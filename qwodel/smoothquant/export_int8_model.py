@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwodel.smoothquant.commands import main_of
+from qwodel.smoothquant.commands import export_int8_model_main
 
 if __name__ == "__main__":
-    main_of("export-int8-model")
+    export_int8_model_main()

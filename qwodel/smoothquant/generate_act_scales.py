@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwodel.smoothquant.commands import main_of
+from qwodel.smoothquant.commands import generate_act_scales_main
 
 if __name__ == "__main__":
-    main_of("generate-act-scales")
+    generate_act_scales_main()

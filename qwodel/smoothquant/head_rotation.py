@@ -12,7 +12,7 @@ from torch import nn
 from qwodel.algorithms.hadamard import walsh_hadamard
 from qwodel.exceptions import ConfigurationError
 from qwodel.modeling.pairs import Pair, input_weight, output_weight
-from qwodel.modeling.wiring_table import Kind
+from qwodel.modeling.wiring_table import ProducerKind
 
 __all__ = ["can_rotate_heads", "rotate_heads", "rotate_last_axis"]
 
@@ -20,7 +20,7 @@ __all__ = ["can_rotate_heads", "rotate_heads", "rotate_last_axis"]
 def can_rotate_heads(pair: Pair) -> bool:
     """Whether the pair is a value projection whose heads are a power of two wide."""
     size = pair.head_dim
-    return pair.kind is Kind.VALUE and size > 1 and not size & (size - 1)
+    return pair.kind is ProducerKind.VALUE and size > 1 and not size & (size - 1)
 
 
 @torch.no_grad()

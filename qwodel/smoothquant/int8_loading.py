@@ -28,7 +28,7 @@ __all__ = [
     "load_int8",
     "quantization_config",
     "replace_module",
-    "stored_tensors",
+    "tensor_files",
 ]
 
 OWN_FORMAT = "qwodel-int8"
@@ -114,6 +114,7 @@ class Described:
         return cls("tensor" if tensor else "token", None)
 
     def of_layer(self, name: str) -> tuple[Activations, int]:
+        """How a layer's inputs are rounded, and the size of the rotation they get first (0: none)."""
         if self._layers is None:
             return self._activations, 0
         found = self._layers.get(name, {})
@@ -172,11 +173,13 @@ class TensorReader:
         return tensor
 
 
-def stored_tensors(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Name → file of every tensor in a model directory."""
     return {name: file for file in checkpoint_files(folder) for name in read_header(file).tensors}
 
 
 def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype ``config.json`` names; fp32 where it names none that torch knows."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     found = getattr(torch, name, None)
     return found if isinstance(found, torch.dtype) else torch.float32
@@ -281,5 +284,6 @@ def _layer_of(
 
 
 def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` in the place of the submodule called ``name``."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)

@@ -28,7 +28,7 @@ from qwodel.smoothquant.int8_loading import (
     load_int8,
     quantization_config,
     replace_module,
-    stored_tensors,
+    tensor_files,
 )
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.simulate import quantizable_layers
@@ -85,7 +85,7 @@ class Int8ForCausalLM(nn.Module):
                 f"{', '.join(cls.model_types)}",
                 hint="Int8ForCausalLM loads every architecture",
             )
-        stored = stored_tensors(folder)
+        stored = tensor_files(folder)
         described = Described.of(config, folder)
         with TensorReader(stored) as read:
             lazy = open_lazily(
@@ -137,7 +137,7 @@ class Int8ForCausalLM(nn.Module):
         return cls(model.eval())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformers model's own forward pass: ``input_ids``, ``attention_mask``, …"""
+        """The transformers model's own forward pass, with its arguments."""
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

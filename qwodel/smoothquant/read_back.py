@@ -184,15 +184,18 @@ def _transformers(target: Path) -> Any:
 
 
 def probe_tokens(model: Any) -> torch.Tensor:
+    """Random token ids ``[1, tokens]``, the same for the same vocabulary."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(model.get_input_embeddings().num_embeddings, (1, _PROBE_TOKENS), generator=generator)
 
 
 @torch.no_grad()
 def logits_of(model: Any, probe: torch.Tensor) -> torch.Tensor:
+    """The model's logits of ``[1, tokens]`` ids, fp64 ``[1, tokens, vocabulary]``."""
     logits: torch.Tensor = model(input_ids=probe, use_cache=False).logits
     return logits.double()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))

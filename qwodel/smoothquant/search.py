@@ -12,13 +12,13 @@ from qwodel.algorithms.hadamard import convrot_weight
 from qwodel.algorithms.smoothing import smoothing_scales
 from qwodel.exceptions import CalibrationError
 from qwodel.modeling.pairs import Pair, input_weight, output_weight
-from qwodel.modeling.wiring_table import Kind
+from qwodel.modeling.wiring_table import ProducerKind
 from qwodel.smoothquant.fake_quant import fake_quantize
 from qwodel.smoothquant.head_rotation import can_rotate_heads, rotate_last_axis
 from qwodel.smoothquant.observe import ActivationStatistics
 from qwodel.smoothquant.scheme import Scheme
 
-__all__ = ["GRID", "Choice", "best_choice", "pair_scales", "peak_of"]
+__all__ = ["GRID", "PairScaling", "best_choice", "pair_scales", "peak_of"]
 
 GRID = tuple(step / 10 for step in range(11))
 """Values of α that a search tries, both ends included."""
@@ -34,7 +34,7 @@ _ROWS = 384  # output channels that errors are measured on; more tell the same
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PairScaling:
     """What is done with a pair.
 
     Attributes:
@@ -94,7 +94,7 @@ def pair_scales(
     activation = _channels(pair, peak_of(pair, peaks))
     weight = torch.stack([_matrix(model, name).abs().amax(dim=0) for name in pair.consumers]).amax(dim=0)
     scales = smoothing_scales(activation, _channels(pair, weight.float().cpu())[None], alpha)
-    if pair.kind in (Kind.LINEAR, Kind.VALUE):
+    if pair.kind in (ProducerKind.LINEAR, ProducerKind.VALUE):
         scales = scales / scales.log().mean().exp()
     return torch.exp2(scales.log2().round()) if power_of_two else scales
 
@@ -108,7 +108,7 @@ def best_choice(
     grid: Sequence[float] = GRID,
     rotate: bool = False,
     power_of_two: bool = False,
-) -> tuple[Choice, float]:
+) -> tuple[PairScaling, float]:
     """Return the choice of least output error, and the error of leaving the pair as it is.
 
     Args:
@@ -119,15 +119,15 @@ def best_choice(
     """
     measure = _Measure(model, pair, statistics, scheme)
     plain = measure(None)
-    inner = pair.kind in (Kind.LINEAR, Kind.VALUE)
-    candidates = [Choice(error=plain)]
+    inner = pair.kind in (ProducerKind.LINEAR, ProducerKind.VALUE)
+    candidates = [PairScaling(error=plain)]
     for alpha in grid:
         scales = pair_scales(model, pair, statistics.peaks, alpha, power_of_two=power_of_two)
         error = measure(scales)
         if error < (_WORTH * plain if inner else plain):
-            candidates.append(Choice(scales, alpha, error=error))
+            candidates.append(PairScaling(scales, alpha, error=error))
     if rotate and can_rotate_heads(pair):
-        candidates.append(Choice(rotate=True, error=measure(None, rotate=True)))
+        candidates.append(PairScaling(rotate=True, error=measure(None, rotate=True)))
     return min(candidates, key=lambda choice: choice.error or 0.0), plain
 
 
@@ -164,7 +164,7 @@ class _Measure:
             self.weights = [_some_rows(weight) for weight in self.weights]
         self.targets = [self.inputs @ _some_rows(weight).T for weight in self.weights]
         self.producer: Callable[[torch.Tensor | None, bool], float] | None = None
-        between = pair.kind in (Kind.LINEAR, Kind.VALUE)
+        between = pair.kind in (ProducerKind.LINEAR, ProducerKind.VALUE)
         # A producer with a scale a row takes any scaling of its rows without a change.
         if between and scheme.weights == "tensor" and pair.producer in statistics.samples:
             self._watch_producer(model, statistics.samples[pair.producer])

@@ -16,11 +16,11 @@ from qwodel.modeling.fold import fold_scales, remember_weights
 from qwodel.modeling.pairs import Pair
 from qwodel.modeling.wiring import find_pairs
 from qwodel.modeling.wiring_probe import default_probe
-from qwodel.modeling.wiring_table import Kind
+from qwodel.modeling.wiring_table import ProducerKind
 from qwodel.smoothquant.head_rotation import rotate_heads, rotate_last_axis
 from qwodel.smoothquant.observe import ActivationStatistics
 from qwodel.smoothquant.scheme import Scheme
-from qwodel.smoothquant.search import GRID, Choice, best_choice, pair_scales
+from qwodel.smoothquant.search import GRID, PairScaling, best_choice, pair_scales
 
 __all__ = ["TOLERANCE", "Alpha", "PairReport", "Smoothed", "smooth_lm", "smooth_model"]
 
@@ -49,7 +49,7 @@ class PairReport:
 
     producer: str
     consumers: tuple[str, ...]
-    kind: Kind
+    kind: ProducerKind
     alpha: float | None = None
     rotated: bool = False
     error_before: float | None = None
@@ -72,6 +72,7 @@ class Smoothed:
 
     @property
     def undone(self) -> tuple[str, ...]:
+        """Names of those producers."""
         return tuple(each.producer for each in self.pairs if each.change is not None)
 
 
@@ -241,10 +242,10 @@ class _Smoothing:
             pair.producer, pair.consumers, pair.kind, choice.alpha, choice.rotate, plain, choice.error
         )
 
-    def _choose(self, pair: Pair) -> tuple[Choice, float | None]:
+    def _choose(self, pair: Pair) -> tuple[PairScaling, float | None]:
         alpha = self._alpha_of(pair)
         if alpha is None:
-            return Choice(), None
+            return PairScaling(), None
         if alpha == "search":
             return best_choice(
                 self.model,
@@ -258,10 +259,12 @@ class _Smoothing:
         scales = pair_scales(
             self.model, pair, self.statistics.peaks, float(alpha), power_of_two=self.power_of_two
         )
-        return Choice(scales, float(alpha)), None
+        return PairScaling(scales, float(alpha)), None
 
     def _alpha_of(self, pair: Pair) -> Alpha | None:
-        return self.alpha if pair.kind in (Kind.NORM, Kind.NORM_PLUS_ONE) else self.inner_alpha
+        return (
+            self.alpha if pair.kind in (ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE) else self.inner_alpha
+        )
 
     @torch.no_grad()
     def _logits(self) -> torch.Tensor:

@@ -24,7 +24,7 @@ _TOKENS = 6
 _SAME = 1e-3
 
 
-def stacked_experts(model: nn.Module) -> dict[str, Any]:
+def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of stacked experts that are two products around a gate, by name.
 
     Where there are weights it is tried out; modules that compute something else are named in a warning.

@@ -8,9 +8,10 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from qwodel.display import shown
 from qwodel.exceptions import QuantizationError, ValidationError
 
-__all__ = ["MAX_FILE", "checked_path", "kind_of", "open_regular", "read_regular", "shown"]
+__all__ = ["MAX_FILE", "brief", "checked_path", "kind_of", "open_regular", "read_regular"]
 
 MAX_FILE = 100_000_000
 """Bytes of a file that is read whole, where the caller sets no other limit."""
@@ -45,19 +46,19 @@ def checked_path(
         path = Path(given)
         expanded = path.expanduser()
     except (TypeError, ValueError) as cause:
-        raise error(f"the {what} {shown(given)} is no usable path: {cause}") from cause
+        raise error(f"the {what} {brief(given)} is no usable path: {cause}") from cause
     except RuntimeError as cause:
         raise error(
-            f"the {what} {shown(given)} begins with the home of a user who is not known here",
-            hint=f"write the whole path, or ./{shown(given)} for a folder of that name",
+            f"the {what} {brief(given)} begins with the home of a user who is not known here",
+            hint=f"write the whole path, or ./{brief(given)} for a folder of that name",
         ) from cause
     try:
         os.lstat(expanded)
     except ValueError as cause:
-        raise error(f"the {what} {shown(given)} is no usable path: {cause}") from cause
+        raise error(f"the {what} {brief(given)} is no usable path: {cause}") from cause
     except OSError as cause:
         if cause.errno in (errno.ENAMETOOLONG, errno.EINVAL):
-            raise error(f"the {what} {shown(given)} cannot be: {cause.strerror}") from cause
+            raise error(f"the {what} {brief(given)} cannot be: {cause.strerror}") from cause
         # Whoever opens it says what else is in the way.
     return expanded
 
@@ -76,7 +77,7 @@ def kind_of(path: Path, *, error: _Error = ValidationError) -> Literal["file", "
             return None
         raise _unreadable(path, cause, error) from cause
     except ValueError as cause:
-        raise error(f"{shown(path)} is no usable path: {cause}") from cause
+        raise error(f"{brief(path)} is no usable path: {cause}") from cause
     if stat.S_ISDIR(mode):
         return "directory"
     _require_regular(path, mode, error)
@@ -120,24 +121,24 @@ def read_regular(
         except OSError as cause:
             raise _unreadable(path, cause, error) from cause
     if len(data) > limit:
-        raise error(f"{shown(path)} has {size:,} bytes; at most {limit:,} are read")
+        raise error(f"{brief(path)} has {size:,} bytes; at most {limit:,} are read")
     return data
 
 
-def shown(value: object) -> str:
-    """A value for a message: on one line, and not longer than one."""
+def brief(value: object) -> str:
+    """A value for a message: as :func:`~qwodel.display.shown` has it, and not longer than a line or two."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else repr(value)
-    text = str(text) if str(text).isprintable() else repr(text)
-    return text if len(text) <= 300 else f"{text[:140]} … {text[-140:]}"
+    text = str(text)
+    return shown(text if len(text) <= 300 else f"{text[:140]} … {text[-140:]}")
 
 
 def _require_regular(path: Path, mode: int, error: _Error) -> None:
     if not stat.S_ISREG(mode):
         what = next((name for test, name in _KINDS if test(mode)), "no regular file")
-        raise error(f"{shown(path)} is {what}, not a file", hint="give the path of a regular file")
+        raise error(f"{brief(path)} is {what}, not a file", hint="give the path of a regular file")
 
 
 def _unreadable(path: str | os.PathLike[str], cause: OSError, error: _Error) -> QuantizationError:
     if cause.errno in _ABSENT:
-        return error(f"{shown(path)} does not exist")
-    return error(f"{shown(path)} cannot be read: {cause.strerror or cause}")
+        return error(f"{brief(path)} does not exist")
+    return error(f"{brief(path)} cannot be read: {cause.strerror or cause}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwodel.exceptions import QuantizationError, ValidationError
-from qwodel.untrusted.files import MAX_FILE, read_regular, shown
+from qwodel.untrusted.files import MAX_FILE, brief, read_regular
 
 __all__ = ["MAX_DEPTH", "MAX_JSON", "parse_json", "read_json", "read_json_object"]
 
@@ -45,7 +45,7 @@ def read_json(
         ValidationError: (or ``error``) the file cannot be read, or :func:`parse_json` refuses it.
     """
     data = read_regular(path, limit=limit, error=error)
-    return parse_json(data, shown(path), unique=unique, constants=constants, error=error, hint=hint)
+    return parse_json(data, brief(path), unique=unique, constants=constants, error=error, hint=hint)
 
 
 def read_json_object(
@@ -58,7 +58,7 @@ def read_json_object(
     """
     document = read_json(path, constants=constants, error=error)
     if not isinstance(document, dict):
-        raise error(f"{shown(path)} is no JSON object, but {_json_kind(document)}")
+        raise error(f"{brief(path)} is no JSON object, but {_json_kind(document)}")
     return document
 
 

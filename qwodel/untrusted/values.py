@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qwodel.exceptions import QuantizationError, ValidationError
-from qwodel.untrusted.files import shown
+from qwodel.untrusted.files import brief
 
 __all__ = ["checked_int", "checked_number", "foreign_errors"]
 
@@ -23,7 +23,7 @@ def checked_int(
         ValidationError: (or ``error``) it is anything else; the message begins with ``what``.
     """
     if type(value) is not int or not low <= value <= high:
-        raise error(f"{what} is {shown(value)}, not an integer from {low:,} to {high:,}")
+        raise error(f"{what} is {brief(value)}, not an integer from {low:,} to {high:,}")
     return value
 
 
@@ -45,7 +45,7 @@ def checked_number(
     except OverflowError:
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
-        raise error(f"{what} is {shown(value)}, not a finite number from {low:g} to {high:g}")
+        raise error(f"{what} is {brief(value)}, not a finite number from {low:g} to {high:g}")
     return number
 
 

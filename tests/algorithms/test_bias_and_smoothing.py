@@ -5,7 +5,7 @@ import torch
 
 from qwodel.algorithms.bias_correction import correct_bias
 from qwodel.algorithms.quant_types import INT8, TENSOR
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.algorithms.smoothing import smooth, smoothing_scales, unsmooth
 from qwodel.exceptions import ConfigurationError, ValidationError
 
@@ -16,7 +16,7 @@ def test_bias_correction_restores_the_mean_output():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(500, 40, generator=generator, dtype=torch.float64) + torch.linspace(-3, 3, 40)
     weight, bias = heavy(30, 40).double(), torch.randn(30, generator=generator, dtype=torch.float64)
-    rough = quantize(weight, INT8, TENSOR).dequantize(torch.float64)
+    rough = quantize_matrix(weight, INT8, TENSOR).dequantize(torch.float64)
     corrected = correct_bias(bias, weight, rough, inputs.mean(dim=0))
     wanted = (inputs @ weight.T + bias).mean(dim=0)
     torch.testing.assert_close((inputs @ rough.T + corrected).mean(dim=0), wanted)

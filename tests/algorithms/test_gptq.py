@@ -10,7 +10,7 @@ from qwodel.algorithms.gptq import GptqOptions, factorize, gptq, gptq_together, 
 from qwodel.algorithms.gptq_columns import solve_block, solve_columns
 from qwodel.algorithms.quant_types import FP8_E4M3, FP8_E5M2, INT4, INT8, INT16, ROW, TENSOR, Granularity
 from qwodel.algorithms.scale_choice import absmax_scale, check_gram
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.exceptions import ConfigurationError, ValidationError
 
 from .strategies import granularities, grid_of, quant_types, spread, weights
@@ -97,7 +97,7 @@ def test_the_factor_is_that_of_the_damped_inverse():
 def test_the_identity_gives_round_to_nearest(weight, quant_type, granularity):
     gram = torch.eye(weight.shape[1])
     result = gptq(weight, quant_type, granularity, gram, GptqOptions(scale="absmax"))
-    nearest = quantize(weight, quant_type, granularity)
+    nearest = quantize_matrix(weight, quant_type, granularity)
     assert torch.equal(result.quantized.codes.float(), nearest.codes.float())  # −0 is 0
     assert torch.equal(result.quantized.scale, nearest.scale)
 
@@ -113,7 +113,7 @@ def test_never_worse_than_nearest_whatever_the_inputs(weight, quant_type, granul
     result = gptq(weight, quant_type, granularity, inputs.T @ inputs)
     done = result.quantized.dequantize(torch.float64)
     assert done.isfinite().all()
-    nearest = quantize(weight, quant_type, granularity).dequantize(torch.float64)
+    nearest = quantize_matrix(weight, quant_type, granularity).dequantize(torch.float64)
     ours = ((done - weight.double()) @ inputs.T).square().sum()
     theirs = ((nearest - weight.double()) @ inputs.T).square().sum()
     noise = 1e-12 * (weight.double() @ inputs.T).square().sum()  # of products in fp32
@@ -198,7 +198,7 @@ def test_an_indefinite_matrix_falls_back_and_says_so():
     weight = heavy(4, 6)
     result = gptq(weight, INT8, ROW, gram)
     assert "cannot be factored" in (result.fell_back or "")
-    assert torch.equal(result.quantized.codes, quantize(weight, INT8, ROW).codes)
+    assert torch.equal(result.quantized.codes, quantize_matrix(weight, INT8, ROW).codes)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from qwodel.algorithms.learned_rounding import RoundingOptions, learn_rounding
 from qwodel.algorithms.objectives import GramObjective, ProjectedObjective, top_singular_vectors
 from qwodel.algorithms.optimizers import RULES, update_rule
 from qwodel.algorithms.quant_types import FP8_E4M3, INT8, QUANT_TYPES, ROW, TENSOR, Granularity
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.algorithms.schedules import Schedule, ScheduleOptions
 from qwodel.algorithms.weight_rounding import round_weight
 from qwodel.exceptions import ConfigurationError, DependencyError, ValidationError
@@ -45,7 +45,7 @@ def output_loss(weight: torch.Tensor, dequantized: torch.Tensor, gram: torch.Ten
 @pytest.mark.parametrize("granularity", [TENSOR, ROW, Granularity.group(50), Granularity.block(32)], ids=str)
 def test_projected_error_falls_by_moving_codes(options, quant_type, granularity):
     weight = torch.randn(96, 130, generator=torch.Generator().manual_seed(3))
-    nearest = quantize(weight, quant_type, granularity)
+    nearest = quantize_matrix(weight, quant_type, granularity)
     result = learn_rounding(weight, quant_type, granularity, replace(options, full_matrix=True))
     before = projected_loss(weight, nearest.dequantize(), 8)
     after = projected_loss(weight, result.quantized.dequantize(), 8)
@@ -72,7 +72,7 @@ def test_codes_stay_neighbours_of_the_weight(options):
 @pytest.mark.parametrize("granularity", [TENSOR, ROW, Granularity.group(48)], ids=str)
 def test_output_error_falls_clearly_with_a_gram_matrix(options, quant_type, granularity):
     weight, gram = heavy(64, 120), gram_of(120)
-    nearest = quantize(weight, quant_type, granularity)
+    nearest = quantize_matrix(weight, quant_type, granularity)
     result = learn_rounding(weight, quant_type, granularity, options, gram=gram)
     before = output_loss(weight, nearest.dequantize(), gram)
     after = output_loss(weight, result.quantized.dequantize(), gram)
@@ -83,7 +83,7 @@ def test_output_error_falls_clearly_with_a_gram_matrix(options, quant_type, gran
 @EACH_RULE
 def test_no_row_loses_output(options):
     weight, gram = heavy(40, 60), gram_of(60)
-    nearest = quantize(weight, INT8, ROW).dequantize().double() - weight.double()
+    nearest = quantize_matrix(weight, INT8, ROW).dequantize().double() - weight.double()
     learned = (
         learn_rounding(weight, INT8, ROW, options, gram=gram).quantized.dequantize().double()
         - weight.double()
@@ -115,7 +115,7 @@ def test_a_price_on_weight_error_buys_back_weight_sqnr():
         losses.append(result.loss)
     assert errors == sorted(errors, reverse=True)
     assert losses == sorted(losses)
-    nearest = float((quantize(weight, INT8, ROW).dequantize() - weight).norm())
+    nearest = float((quantize_matrix(weight, INT8, ROW).dequantize() - weight).norm())
     assert errors[1] < nearest * 1.03
 
 
@@ -130,7 +130,7 @@ def test_an_exact_start_stops_at_once(options):
 def test_zero_iterations_round_to_nearest():
     weight = heavy(30, 30)
     result = learn_rounding(weight, INT8, ROW, RoundingOptions(num_iter=0))
-    assert torch.equal(result.quantized.codes, quantize(weight, INT8, ROW).codes)
+    assert torch.equal(result.quantized.codes, quantize_matrix(weight, INT8, ROW).codes)
 
 
 @EACH_RULE
@@ -224,7 +224,7 @@ def test_steps_too_short_to_move_a_code_add_up(optimizer):
 def test_activation_scales_choose_a_scale_that_serves_the_strong_channels():
     weight = heavy(64, 100)
     strength = torch.logspace(2, -2, 100)
-    plain = quantize(weight, INT8, ROW).dequantize()
+    plain = quantize_matrix(weight, INT8, ROW).dequantize()
     result = round_weight(weight, INT8, ROW, activation_scales=strength)
 
     def cost(dequantized):

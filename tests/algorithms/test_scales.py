@@ -15,7 +15,7 @@ from qwodel.algorithms.scales import (
     absmax_scale,
     dequantize,
     nearest_codes,
-    quantize,
+    quantize_matrix,
     search_scale,
 )
 from qwodel.exceptions import ConfigurationError, ValidationError
@@ -45,7 +45,7 @@ def gram_of(cols: int, seed: int = 1) -> torch.Tensor:
 @given(weights(), quant_types, granularities)
 def test_round_to_nearest_against_exhaustive_search(weight, quant_type, granularity):
     before = weight.clone()
-    quantized = quantize(weight, quant_type, granularity)
+    quantized = quantize_matrix(weight, quant_type, granularity)
     assert torch.equal(weight, before)
     assert quantized.codes.dtype == quant_type.dtype
     assert quantized.codes.shape == weight.shape
@@ -103,8 +103,8 @@ def _errors(weight, quantized, granularity, gram=None):
 @settings(max_examples=60, deadline=None)
 @given(weights(least=1), quant_types, granularities)
 def test_searched_scale_is_never_worse_in_any_group(weight, quant_type, granularity):
-    plain = quantize(weight, quant_type, granularity)
-    searched = quantize(weight, quant_type, granularity, search_scale(weight, quant_type, granularity))
+    plain = quantize_matrix(weight, quant_type, granularity)
+    searched = quantize_matrix(weight, quant_type, granularity, search_scale(weight, quant_type, granularity))
     noise = (plain.scale.double().max() * quant_type.qmax * 1e-7) ** 2 * weight.numel()
     allowed = _errors(weight, plain, granularity) * (1 + 1e-5) + noise
     assert (_errors(weight, searched, granularity) <= allowed).all()
@@ -119,8 +119,8 @@ def test_search_lowers_its_own_objective(quant_type, granularity, statistics):
     given_ = {"none": {}, "channels": {"channel_weights": gram.diagonal()}, "gram": {"gram": gram}}[
         statistics
     ]
-    plain = quantize(weight, quant_type, granularity)
-    searched = quantize(
+    plain = quantize_matrix(weight, quant_type, granularity)
+    searched = quantize_matrix(
         weight, quant_type, granularity, search_scale(weight, quant_type, granularity, **given_)
     )
     before, after = _errors(weight, plain, granularity, form), _errors(weight, searched, granularity, form)
@@ -135,7 +135,7 @@ def test_search_over_a_wide_gram_matrix_takes_the_best_candidate(granularity):
     base = absmax_scale(weight, FP8_E4M3, granularity)
 
     def costs(scale):
-        error = quantize(weight, FP8_E4M3, granularity, scale).dequantize().double() - weight.double()
+        error = quantize_matrix(weight, FP8_E4M3, granularity, scale).dequantize().double() - weight.double()
         rows = ((error @ gram) * error).sum(1, keepdim=True)
         return rows if granularity == ROW else rows.sum()
 
@@ -170,7 +170,7 @@ def test_same_bits_for_any_chunk_size_and_thread_count(monkeypatch, quant_type, 
         torch.set_num_threads(threads)
         monkeypatch.setattr(tiles.row_chunks, "__defaults__", (elements,))
         scale = search_scale(weight, quant_type, granularity)
-        quantized = quantize(weight, quant_type, granularity)
+        quantized = quantize_matrix(weight, quant_type, granularity)
         monkeypatch.setattr(tiles.row_chunks, "__defaults__", (1 << 18,))  # products keep their chunks
         with_gram = search_scale(weight[:40], quant_type, granularity, gram=gram, candidates=2)
         results.append(
@@ -184,17 +184,17 @@ def test_same_bits_for_any_chunk_size_and_thread_count(monkeypatch, quant_type, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_comfy_kitchen_decodes_what_we_report(dtype):
     weight = heavy(40, 48).to(dtype)
-    fp8 = quantize(weight, FP8_E4M3, TENSOR)
+    fp8 = quantize_matrix(weight, FP8_E4M3, TENSOR)
     theirs = comfy.dequantize_per_tensor_fp8(fp8.codes, fp8.scale, torch.float32)
     assert torch.equal(theirs, fp8.dequantize())
     for granularity in (TENSOR, ROW):
-        int8 = quantize(weight, INT8, granularity)
+        int8 = quantize_matrix(weight, INT8, granularity)
         assert torch.equal(comfy.dequantize_int8_simple(int8.codes, int8.scale), int8.dequantize())
 
 
 def test_comfy_kitchen_rounds_to_the_same_codes():
     weight = heavy(64, 64)
-    ours = quantize(weight, FP8_E4M3, TENSOR)
+    ours = quantize_matrix(weight, FP8_E4M3, TENSOR)
     theirs = comfy.quantize_per_tensor_fp8(weight, ours.scale)
     different = (ours.codes.float() != theirs.float()).float().mean()
     assert different < 1e-3  # it multiplies by 1/scale; ties may fall the other way
@@ -203,7 +203,7 @@ def test_comfy_kitchen_rounds_to_the_same_codes():
 @pytest.mark.parametrize("quant_type", [INT8, FP8_E4M3], ids=str)
 def test_compressed_tensors_agrees(quant_type):
     weight = heavy(32, 64)
-    ours = quantize(weight, quant_type, ROW)
+    ours = quantize_matrix(weight, quant_type, ROW)
     args = QuantizationArgs(num_bits=8, type="float" if quant_type.is_float else "int", strategy="channel")
     zero = torch.zeros_like(ours.scale)
     codes = ct_quantize(weight, ours.scale, zero, args, dtype=quant_type.dtype)
@@ -220,9 +220,11 @@ def test_what_is_not_finite_is_named(granularity, value, found):
     weight[69, 129] = value
     for call in (
         lambda: absmax_scale(weight, INT8, granularity),
-        lambda: quantize(weight, INT8, granularity),
+        lambda: quantize_matrix(weight, INT8, granularity),
         lambda: search_scale(weight, FP8_E4M3, granularity),
-        lambda: quantize(weight, FP8_E4M3, granularity, torch.ones(granularity.scale_shape(weight.shape))),
+        lambda: quantize_matrix(
+            weight, FP8_E4M3, granularity, torch.ones(granularity.scale_shape(weight.shape))
+        ),
     ):
         with pytest.raises(ValidationError, match=found):
             call()
@@ -236,7 +238,7 @@ def test_fp64_beyond_fp32_is_refused():
 def test_given_scales_saturate_instead_of_overflowing():
     weight = torch.tensor([[1000.0, -1000.0, 0.5]])
     for quant_type in QUANT_TYPES.values():
-        codes = quantize(weight, quant_type, TENSOR, torch.tensor(1e-4)).codes.float()
+        codes = quantize_matrix(weight, quant_type, TENSOR, torch.tensor(1e-4)).codes.float()
         assert codes.tolist() == [
             [
                 quant_type.qmax,
@@ -251,13 +253,13 @@ def test_given_scales_saturate_instead_of_overflowing():
 )
 def test_impossible_scales_are_refused(scale):
     with pytest.raises(ValidationError):
-        quantize(torch.ones(2, 2), INT8, TENSOR, scale)
+        quantize_matrix(torch.ones(2, 2), INT8, TENSOR, scale)
 
 
 @pytest.mark.parametrize("weight", [torch.ones(3), torch.ones(2, 2, 2), torch.ones(2, 2, dtype=torch.int32)])
 def test_only_float_matrices(weight):
     with pytest.raises(ValidationError):
-        quantize(weight, INT8, TENSOR)
+        quantize_matrix(weight, INT8, TENSOR)
 
 
 def test_codes_must_have_their_type():
@@ -311,7 +313,7 @@ def test_nothing_saturates_by_the_scale_of_absolute_maxima(quant_type, dtype):
     weight = torch.stack([peaks, -peaks], 1)
     scale = absmax_scale(weight, quant_type, ROW)
     codes = nearest_codes(weight, scale, quant_type, ROW).double()
-    assert torch.equal(codes, quantize(weight, quant_type, ROW, scale).codes.double())
+    assert torch.equal(codes, quantize_matrix(weight, quant_type, ROW, scale).codes.double())
     # A scale that would be no normal fp32 is larger than the peak asks for.
     normal = peaks.double() / quant_type.qmax > torch.finfo(torch.float32).tiny
     assert (codes[normal].abs() == quant_type.qmax).all()

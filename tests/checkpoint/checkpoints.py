@@ -15,9 +15,10 @@ from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.layouts.layout import Layout
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import Recipe
-from qwodel.checkpoint.run.convert import Conversion, convert
+from qwodel.checkpoint.run.convert import Conversion, convert_checkpoint
 from qwodel.checkpoint.run.device_executor import make_executor
-from qwodel.checkpoint.run.verify import LayerQuality, verify
+from qwodel.checkpoint.run.verify import verify
+from qwodel.report import TensorQuality
 
 FORMATS = [
     name for name, each in CODECS.items() if each.quant_type and not each.quant_type.power_of_two_scales
@@ -69,7 +70,7 @@ def save_sharded(folder: Path, weights: dict[str, torch.Tensor], shards: int, *,
 
 def run(
     source: Path, destination: Path, layout: Layout | None = None, workers: int = 1, **recipe: Any
-) -> tuple[Conversion, dict[str, LayerQuality]]:
+) -> tuple[Conversion, dict[str, TensorQuality]]:
     """Plan, convert and verify; ``format`` in ``recipe`` is a name."""
     name = recipe.pop("format", "int8_row")
     size = recipe.pop("block_size", None)
@@ -77,7 +78,7 @@ def run(
     plan = build_plan(source, Recipe(format=storage_format(name, size), **recipe), layout)
     if not layout.single_file:
         destination.mkdir(parents=True, exist_ok=True)
-    conversion = convert(plan, destination, executor=make_executor(workers))
+    conversion = convert_checkpoint(plan, destination, executor=make_executor(workers))
     return conversion, {quality.name: quality for quality in verify(conversion)}
 
 

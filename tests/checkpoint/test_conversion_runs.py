@@ -18,7 +18,7 @@ from qwodel.checkpoint.layouts.transformers import TransformersLayout
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import Recipe
 from qwodel.checkpoint.rounding.methods import Rounding
-from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.convert import convert_checkpoint
 from qwodel.checkpoint.run.device_executor import make_executor
 from qwodel.checkpoint.run.executor import ProcessExecutor
 from qwodel.exceptions import Cancelled, ConversionError, ValidationError
@@ -39,7 +39,7 @@ def test_files_are_forced_to_disk_while_tensors_are_still_computed(
     plan = build_plan(tmp_path / "in", recipe, TransformersLayout())
     (tmp_path / "out").mkdir()
     progress = Progress(lambda *args: events.append("progress"), {"quantize": 1})
-    conversion = convert(plan, tmp_path / "out", progress=progress)
+    conversion = convert_checkpoint(plan, tmp_path / "out", progress=progress)
     files = sorted(path.name for path in conversion.files)
     # Some on the way, and each of them once at the end.
     assert len(files) > 1
@@ -64,7 +64,7 @@ def test_a_dead_worker_is_a_typed_error(tmp_path: Path) -> None:
         ComfyUILayout(),
     )
     with pytest.raises(ConversionError, match="worker process died"):
-        convert(plan, tmp_path / "out.safetensors", executor=ProcessExecutor(2))
+        convert_checkpoint(plan, tmp_path / "out.safetensors", executor=ProcessExecutor(2))
 
 
 def test_errors_cross_from_workers_with_their_hint(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_callback_that_raises_cancels(tmp_path: Path) -> None:
 
     plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
     with pytest.raises(Cancelled):
-        convert(
+        convert_checkpoint(
             plan,
             tmp_path / "out.safetensors",
             progress=Progress(callback, {"quantize": 1}),
@@ -103,7 +103,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
     plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
     progress = Progress(callback, {"quantize": 1})
     with pytest.raises(KeyboardInterrupt) as caught:
-        convert(plan, tmp_path / "out.safetensors", progress=progress, executor=make_executor(2))
+        convert_checkpoint(plan, tmp_path / "out.safetensors", progress=progress, executor=make_executor(2))
     assert not multiprocessing.active_children()
     assert caught.value.__traceback__ is not None
 
@@ -112,7 +112,7 @@ def test_progress_counts_bytes_up_to_the_end_of_the_stage(tmp_path: Path) -> Non
     save_file(llama_weights(2), tmp_path / "in.safetensors")
     seen: list[int] = []
     plan = build_plan(tmp_path / "in.safetensors", Recipe(format=storage_format("int8_row")), ComfyUILayout())
-    conversion = convert(
+    conversion = convert_checkpoint(
         plan, tmp_path / "out.safetensors", progress=Progress(lambda p, *_: seen.append(p), {"quantize": 1})
     )
     assert seen == sorted(seen)

@@ -159,7 +159,7 @@ def test_the_plan_knows_the_exact_size(tmp_path: Path, name: str) -> None:
 
 def test_slabs_of_a_large_weight_equal_the_whole(tmp_path: Path) -> None:
     from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
-    from qwodel.algorithms.scales import quantize
+    from qwodel.algorithms.scales import quantize_matrix
 
     weight = random_weights({"w": (3001, 1500)}, torch.float32)["w"]
     weight[:1500] = 0  # the first slab has nothing to say of the scale
@@ -171,7 +171,7 @@ def test_slabs_of_a_large_weight_equal_the_whole(tmp_path: Path) -> None:
         ("int8_block", Granularity.block(128)),
     ):
         run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", format=name)
-        out, whole = load_file(tmp_path / "out.safetensors"), quantize(weight, INT8, granularity)
+        out, whole = load_file(tmp_path / "out.safetensors"), quantize_matrix(weight, INT8, granularity)
         assert torch.equal(out["a.weight"], whole.codes)
         assert torch.equal(out["a.weight_scale"], whole.scale)
 

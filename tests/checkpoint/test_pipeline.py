@@ -23,7 +23,7 @@ from qwodel.checkpoint.lora.merge import LoraSource
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe
 from qwodel.checkpoint.rounding.methods import LayerWeight, Learned, Nearest, Rounding, ScaleSearch
-from qwodel.checkpoint.run.convert import Conversion, convert
+from qwodel.checkpoint.run.convert import Conversion, convert_checkpoint
 from qwodel.checkpoint.run.device_executor import CoresExecutor, executor_for, make_executor
 from qwodel.checkpoint.run.executor import Executor, ProcessExecutor, SerialExecutor, ThreadExecutor
 from qwodel.checkpoint.run.pipeline import PipelineExecutor
@@ -64,7 +64,7 @@ def run(
     progress: Progress | None = None, **recipe: Any,
 ) -> Conversion:  # fmt: skip
     plan = build_plan(path, Recipe(format=storage_format(name), rounding=rounding, **recipe), ComfyUILayout())
-    return convert(plan, target, executor=executor, progress=progress)
+    return convert_checkpoint(plan, target, executor=executor, progress=progress)
 
 
 EXECUTORS: list[Executor] = [PipelineExecutor(CPU), CoresExecutor(3)]

@@ -14,7 +14,7 @@ from qwodel.checkpoint.layouts.comfyui import ComfyUILayout
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import Recipe
 from qwodel.checkpoint.rounding.methods import Nearest, Rounding, ScaleSearch
-from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.convert import convert_checkpoint
 from qwodel.checkpoint.run.verify import verify
 from qwodel.exceptions import IntegrityError, ValidationError
 from tests.checkpoint.checkpoints import FORMATS, llama_weights, random_weights, run
@@ -26,7 +26,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path, victim: str, rounding: Rounding
     save_file(llama_weights(1), tmp_path / "in.safetensors")
     recipe = Recipe(format=storage_format("int8_row"), rounding=rounding)
     plan = build_plan(tmp_path / "in.safetensors", recipe, ComfyUILayout())
-    conversion = convert(plan, tmp_path / "out.safetensors")
+    conversion = convert_checkpoint(plan, tmp_path / "out.safetensors")
     layer = "model.layers.0.mlp.down_proj"
     name = {
         "codes": f"{layer}.weight",
@@ -54,7 +54,7 @@ def test_a_code_beside_the_nearest_is_found(tmp_path: Path, name: str) -> None:
     save_file({"blocks.0.proj.weight": weight.bfloat16()}, tmp_path / "in.safetensors")
     recipe = Recipe(format=storage_format(name), rounding=Nearest())
     plan = build_plan(tmp_path / "in.safetensors", recipe, ComfyUILayout())
-    conversion = convert(plan, tmp_path / "out.safetensors")
+    conversion = convert_checkpoint(plan, tmp_path / "out.safetensors")
     verify(conversion)
     begin = plan.files[0].offsets["blocks.0.proj.weight"]
     for place in (5, 350 * 512 + 77, shape[0] * shape[1] - 1):
@@ -92,7 +92,7 @@ def test_swapped_tensors_and_wrong_scales_are_found(tmp_path: Path, name: str) -
     recipe = Recipe(format=storage_format(name, 16 if name.endswith("block") else None), rounding=Nearest())
     plan = build_plan(tmp_path / "in.safetensors", recipe, ComfyUILayout())
     target = tmp_path / "out.safetensors"
-    conversion = convert(plan, target)
+    conversion = convert_checkpoint(plan, target)
     written, whole = load_file(target), target.read_bytes()
     for kind in ("weight", "weight_scale"):
         places = [plan.files[0].offsets[f"{layer}.{kind}"] for layer in "ab"]

@@ -226,6 +226,22 @@ def test_log_lines_are_safe() -> None:
     assert done.stderr.splitlines()[1] == "  error: forged"
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("ValidationError", 2), ("DependencyError", 3), ("ResourceError", 4), ("CalibrationError", 5), ("IntegrityError", 1)],
+)  # fmt: skip
+def test_every_program_ends_with_the_documented_code(error: str, code: int) -> None:
+    program = (
+        "from qwodel.exceptions import *\n"
+        "from qwodel.process import main_of\n"
+        f"def run(): raise {error}('cause', hint='cure')\n"
+        "main_of(run)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.splitlines() == ["error: cause", "hint: cure"]
+
+
 def test_json_stays_exact(hostile: Path) -> None:
     done = subprocess.run(
         [*QWODEL, "inspect", str(hostile), "--tensors", "--json"], capture_output=True, check=True

@@ -45,9 +45,9 @@ def test_output_sqnr_of_activations_and_of_their_gram_matrix():
     flat = inputs.reshape(-1, 20)
     by_inputs = reporter.add_layer("a", weight, rough, activations=inputs)
     by_gram = reporter.add_layer("b", weight, rough, gram=flat.T @ flat)
-    assert by_inputs.output_sqnr == pytest.approx(expected, abs=1e-3)
-    assert by_gram.output_sqnr == pytest.approx(expected, abs=1e-3)
-    assert by_inputs.weight_sqnr == pytest.approx(25, abs=1e-3)
+    assert by_inputs.output_sqnr_db == pytest.approx(expected, abs=1e-3)
+    assert by_gram.output_sqnr_db == pytest.approx(expected, abs=1e-3)
+    assert by_inputs.sqnr_db == pytest.approx(25, abs=1e-3)
     assert by_inputs.mse == pytest.approx(float((rough - weight).double().square().mean()))
 
 
@@ -91,7 +91,7 @@ def test_a_name_given_again_replaces():
     reporter = QualityReporter()
     for other in (torch.zeros(2, 2), torch.ones(2, 2)):
         reporter.add_layer("a", torch.ones(2, 2), other)
-    assert [layer.weight_sqnr for layer in reporter.layers] == [math.inf]
+    assert [layer.sqnr_db for layer in reporter.layers] == [math.inf]
 
 
 def test_nothing_measured():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
-from qwodel.algorithms.scales import dequantize, quantize
+from qwodel.algorithms.scales import dequantize, quantize_matrix
 from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
 from qwodel.int8 import GPTQInt8Converter, convert_to_int8, read_weights
 from qwodel.modeling.collect import collect_statistics
@@ -174,7 +174,7 @@ def test_quip_scales_in_the_original_basis(bench, tmp_path, options, shape):
     kind = {(): TENSOR, (48, 1): ROW}.get(shape, Granularity.block(32))
     source = load_file(bench / "in.safetensors")
     for layer in SHAPES:
-        nearest = quantize(source[f"{layer}.weight"], INT8, kind)
+        nearest = quantize_matrix(source[f"{layer}.weight"], INT8, kind)
         codes = dequantize(out[f"{layer}.weight"], out[f"{layer}.weight_scale"], kind)
         assert not torch.equal(codes, nearest.dequantize())
 
@@ -207,7 +207,7 @@ def test_without_statistics_nothing_is_invented(bench, tmp_path, caplog):
         assert "no calibration data" in caplog.text
         assert {each.rounding for each in result.quality} == {"nearest"}
         source = load_file(bench / "in.safetensors")["blocks.0.q.weight"]
-        assert torch.equal(out["blocks.0.q.weight"], quantize(source, INT8, ROW).codes)
+        assert torch.equal(out["blocks.0.q.weight"], quantize_matrix(source, INT8, ROW).codes)
         caplog.clear()
 
 

@@ -12,7 +12,7 @@ import torch
 from qwodel.algorithms.hadamard import Rotation
 from qwodel.algorithms.quant_types import FP8_E4M3, INT8, ROW
 from qwodel.algorithms.quip import QuipOptions, QuipTransform, quip_transformed
-from qwodel.algorithms.scales import dequantize, quantize
+from qwodel.algorithms.scales import dequantize, quantize_matrix
 from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.int8 import GPTQInt8Converter, QuIPInt8Converter
 from tests.algorithms.test_scales import gram_of, heavy
@@ -54,14 +54,14 @@ def test_gptq_returns_what_the_codes_decode_to(mode, shape):
     assert codes.dtype == torch.int8
     assert codes.shape == weight.shape
     assert torch.equal(done, dequantize(codes, scale, converter.granularity))
-    nearest = quantize(weight, INT8, converter.granularity).dequantize()
+    nearest = quantize_matrix(weight, INT8, converter.granularity).dequantize()
     assert error(done, weight, gram) <= error(nearest, weight, gram) * (1 + 1e-4)
 
 
 def test_without_statistics_the_codes_are_the_nearest():
     weight = heavy(20, 33)
     codes, scale, _ = GPTQInt8Converter().convert(weight)
-    nearest = quantize(weight, INT8, ROW)
+    nearest = quantize_matrix(weight, INT8, ROW)
     assert torch.equal(codes, nearest.codes)
     assert torch.equal(scale, nearest.scale)
     codes, _, _ = QuIPInt8Converter().convert(weight)
@@ -172,7 +172,9 @@ def test_activation_scales_stand_in_for_the_gram_matrix():
         weight, activation_scales=peaks
     )
     metric = torch.diag(peaks.double().square())
-    nearest = quantize(weight, INT8, QuIPInt8Converter(requant_tensor_use_per_row_scale=False).granularity)
+    nearest = quantize_matrix(
+        weight, INT8, QuIPInt8Converter(requant_tensor_use_per_row_scale=False).granularity
+    )
     assert error(rounded[2], weight, metric) < error(nearest.dequantize(), weight, metric)
 
 

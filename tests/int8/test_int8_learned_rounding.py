@@ -8,7 +8,7 @@ import torch
 
 import qwodel.int8 as int8
 from qwodel.algorithms.quant_types import INT8, ROW
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.exceptions import ConfigurationError
 from qwodel.fp8 import LearnedRoundingConverter as Fp8Converter
 from qwodel.int8 import LearnedRoundingConverter
@@ -60,11 +60,11 @@ def test_statistics_lower_the_output_error():
     def output_error(dequantized):
         return float((inputs @ (dequantized - weight).T).double().square().sum())
 
-    nearest = output_error(quantize(weight, INT8, ROW).dequantize())
+    nearest = output_error(quantize_matrix(weight, INT8, ROW).dequantize())
     assert output_error(converter.convert(weight, gram=inputs.T @ inputs)[2]) < 0.4 * nearest
     strength = inputs.square().mean(dim=0).sqrt()
     weighted = ((converter.convert(weight, activation_scales=strength)[2] - weight) * strength).square().sum()
-    plain = ((quantize(weight, INT8, ROW).dequantize() - weight) * strength).square().sum()
+    plain = ((quantize_matrix(weight, INT8, ROW).dequantize() - weight) * strength).square().sum()
     assert weighted < plain
 
 

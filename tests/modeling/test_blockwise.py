@@ -10,7 +10,7 @@ from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.gptq import gptq
 from qwodel.algorithms.hadamard import convrot_gram, convrot_weight
 from qwodel.algorithms.quant_types import INT8, ROW
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.rounding.code_store import CodeStore
 from qwodel.exceptions import Cancelled, ConversionError, QuantizationError
@@ -162,7 +162,7 @@ def test_starved_experts_are_rounded_to_nearest_and_listed(tmp_path):
     few = [layer for layer, report in reports.items() if "saw 1 tokens, too few for" in report.note]
     assert len(unseen) == len(few) == len(tasks) // 2  # two of four experts a token
     weight = weights_of(tmp_path)[f"{unseen[0]}.weight"]
-    assert torch.equal(store.get(unseen[0]).codes, quantize(weight, INT8, ROW).codes)
+    assert torch.equal(store.get(unseen[0]).codes, quantize_matrix(weight, INT8, ROW).codes)
 
 
 def test_weights_that_belong_to_no_layer(tmp_path):

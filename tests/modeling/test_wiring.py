@@ -11,7 +11,7 @@ from torch import nn
 
 from qwodel.exceptions import ValidationError
 from qwodel.modeling.fold import fold_scales
-from qwodel.modeling.wiring import Kind, Pair, find_pairs, preserves_function
+from qwodel.modeling.wiring import Pair, ProducerKind, find_pairs, preserves_function
 
 _SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -91,11 +91,11 @@ def _change(before: torch.Tensor, after: torch.Tensor) -> float:
 def test_scales_pass_through_every_pair(name: str) -> None:
     model, expected = tiny(name), CASES[name][2]
     pairs = find_pairs(model)
-    norms = [pair for pair in pairs if pair.kind in (Kind.NORM, Kind.NORM_PLUS_ONE)]
+    norms = [pair for pair in pairs if pair.kind in (ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE)]
     counts = (
         len(norms) / 2,
-        sum(pair.kind is Kind.LINEAR for pair in pairs) / 2,
-        sum(pair.kind is Kind.VALUE for pair in pairs) / 2,
+        sum(pair.kind is ProducerKind.LINEAR for pair in pairs) / 2,
+        sum(pair.kind is ProducerKind.VALUE for pair in pairs) / 2,
     )
     assert counts == expected
     before = _logits(model)
@@ -112,8 +112,8 @@ def test_a_pair_that_misses_a_reader_or_names_the_wrong_kind_shows(name: str) ->
         if len(pair.consumers) > 1:
             missing = Pair(pair.producer, pair.consumers[1:], pair.kind, pair.channels, pair.outputs)
             assert preserves_function(model, [missing], PROBE) > 1e-3
-        if pair.kind is Kind.NORM_PLUS_ONE:
-            wrong = Pair(pair.producer, pair.consumers, Kind.NORM, pair.channels, pair.outputs)
+        if pair.kind is ProducerKind.NORM_PLUS_ONE:
+            wrong = Pair(pair.producer, pair.consumers, ProducerKind.NORM, pair.channels, pair.outputs)
             assert preserves_function(model, [wrong], PROBE) > 1e-3
 
 
@@ -128,7 +128,7 @@ def test_the_table_agrees_with_what_a_run_of_the_model_shows() -> None:
             assert (found[key].kind, found[key].outputs) == (
                 pair.kind,
                 pair.outputs,
-            ) or pair.kind is Kind.VALUE
+            ) or pair.kind is ProducerKind.VALUE
 
 
 def test_probing_leaves_the_weights_as_they_were() -> None:

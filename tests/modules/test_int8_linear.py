@@ -10,7 +10,7 @@ from torch import nn
 
 from qwodel.algorithms.hadamard import convrot_matrix
 from qwodel.algorithms.quant_types import INT8, ROW, TENSOR, Granularity
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.exceptions import ConfigurationError
 from qwodel.modules import int8_arithmetic, int8_linear
 from qwodel.modules.int8_arithmetic import int_mm_works, multiply
@@ -54,7 +54,7 @@ def test_it_is_the_formula(activations: Any, granularity: Granularity, bias: boo
 def test_codes_are_those_of_rounding_and_take_a_byte() -> None:
     linear = _linear()
     layer = Int8Linear.from_float(linear)
-    codes = quantize(linear.weight.detach(), INT8, ROW)
+    codes = quantize_matrix(linear.weight.detach(), INT8, ROW)
     assert torch.equal(layer.weight, codes.codes)
     assert torch.equal(layer.dequantize(), codes.dequantize())
     assert layer.weight.element_size() == 1
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="groups of 64"):
         Int8Linear(48, 21, rotation=64)
     with pytest.raises(ConfigurationError, match="rows or of the tensor"):
-        Int8Linear.from_codes(quantize(torch.randn(4, 8), INT8, Granularity.group(4)))
+        Int8Linear.from_codes(quantize_matrix(torch.randn(4, 8), INT8, Granularity.group(4)))
 
 
 @pytest.mark.gpu

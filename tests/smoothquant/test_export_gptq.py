@@ -16,7 +16,7 @@ from qwodel import Quantizer
 from qwodel.algorithms.data_aware import DataAware
 from qwodel.algorithms.gram import GramAccumulator
 from qwodel.algorithms.quant_types import INT8, ROW
-from qwodel.algorithms.scales import quantize
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.checkpoint.rounding.methods import FromStatistics, LayerWeight
 from qwodel.modeling.calibration_batches import CalibrationOptions, calibration_batches
 from qwodel.modeling.collect import collect_statistics
@@ -79,7 +79,7 @@ def test_errors_fed_forward_lose_no_more_than_statistics_of_the_whole_model(
         name: whole.round(LayerWeight(name.removesuffix(".weight"), weight, INT8, ROW)).codes.dequantize()
         for name, weight in layers.items()
     }
-    nearest = {name: quantize(weight, INT8, ROW).dequantize() for name, weight in layers.items()}
+    nearest = {name: quantize_matrix(weight, INT8, ROW).dequantize() for name, weight in layers.items()}
     fed_forward = divergence(model, decoded(made), exact, ids)
     at_once = divergence(model, found, exact, ids)
     rounded = divergence(model, nearest, exact, ids)

@@ -12,7 +12,7 @@ from torch import nn
 from qwodel.exceptions import CalibrationError, ConfigurationError, ValidationError
 from qwodel.modeling.pairs import Pair
 from qwodel.modeling.wiring import find_pairs
-from qwodel.modeling.wiring_table import Kind
+from qwodel.modeling.wiring_table import ProducerKind
 from qwodel.smoothquant import (
     ActivationStatistics,
     Scheme,
@@ -53,7 +53,11 @@ def test_the_function_is_preserved(name: str) -> None:
     smooth_lm(model, found.peaks, alpha=0.8)
     published = logits(model)
     assert change(before, published) <= 1e-5
-    norms = [pair.producer for pair in find_pairs(model) if pair.kind in (Kind.NORM, Kind.NORM_PLUS_ONE)]
+    norms = [
+        pair.producer
+        for pair in find_pairs(model)
+        if pair.kind in (ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE)
+    ]
     for norm in norms:
         assert not torch.equal(model.get_submodule(norm).weight, old[f"{norm}.weight"]), "nothing was done"
     report = smooth_model(
@@ -69,7 +73,9 @@ def test_norm_scales_are_the_papers(name: str) -> None:
     model = tiny(name)
     old, peaks = weights(model), compute_activation_scales(model, [PROBE])
     smooth_lm(model, peaks, alpha=0.7)
-    pair = next(pair for pair in find_pairs(model) if pair.kind in (Kind.NORM, Kind.NORM_PLUS_ONE))
+    pair = next(
+        pair for pair in find_pairs(model) if pair.kind in (ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE)
+    )
     matrices = [old[f"{consumer}.weight"] for consumer in pair.consumers]
     matrices = [matrix.T if name == "gpt2" else matrix for matrix in matrices]
     scale = peaks[pair.consumers[0]] ** 0.7 / torch.cat(matrices).abs().amax(0) ** 0.3
@@ -95,7 +101,11 @@ def test_a_search_lowers_the_error_and_leaves_alone_what_it_cannot_better() -> N
         report = smooth_model(searched, statistics(searched), "search", scheme=scheme)
         with fake_quantized(searched, scheme):
             assert change(before, logits(searched)) < 0.8 * naive
-        assert {pair.kind for pair in report.pairs} == {Kind.NORM, Kind.LINEAR, Kind.VALUE}
+        assert {pair.kind for pair in report.pairs} == {
+            ProducerKind.NORM,
+            ProducerKind.LINEAR,
+            ProducerKind.VALUE,
+        }
         for pair in report.pairs:
             assert pair.error_before is not None
             assert pair.error_after is not None
@@ -129,7 +139,7 @@ def test_a_smoothing_that_changes_the_function_is_undone_and_named(caplog: pytes
     assert first.producer in caplog.text
     assert change(before, logits(model)) <= 1e-5
     assert torch.equal(model.get_submodule(first.producer).weight, old[f"{first.producer}.weight"])
-    norm = next(pair.producer for pair in pairs[1:] if pair.kind is Kind.NORM)
+    norm = next(pair.producer for pair in pairs[1:] if pair.kind is ProducerKind.NORM)
     assert not torch.equal(model.get_submodule(norm).weight, old[f"{norm}.weight"])
 
 

@@ -8,7 +8,7 @@ import torch
 
 from qwodel.algorithms.scales import Quantized, absmax_scale
 from qwodel.algorithms.tiles import expand_scale
-from qwodel.checkpoint.rounding.methods import LayerWeight, Rounded, Rounding
+from qwodel.checkpoint.rounding.methods import LayerCodes, LayerWeight, Rounding
 from qwodel.checkpoint.rounding.registry import RoundingMethod
 from qwodel.exceptions import ConfigurationError
 
@@ -19,7 +19,7 @@ class Stochastic(Rounding):
 
     name: str = field(default="stochastic", init=False)
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> LayerCodes:
         if given.quant_type.is_float:
             raise ConfigurationError("stochastic rounding is an example for integers")
         scale = absmax_scale(given.weight, given.quant_type, given.granularity)
@@ -29,7 +29,7 @@ class Stochastic(Rounding):
         chance = torch.rand(steps.shape, generator=torch.Generator().manual_seed(0))
         codes = (steps + chance).floor_().clamp_(given.quant_type.qmin, given.quant_type.qmax)
         done = Quantized(codes.to(given.quant_type.dtype), scale, given.quant_type, given.granularity)
-        return Rounded(done)
+        return LayerCodes(done)
 
 
 STOCHASTIC = RoundingMethod("stochastic", "rounds up or down by chance", alone=lambda _: Stochastic())

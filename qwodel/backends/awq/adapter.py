@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwodel.backends.awq.loading import check_architecture, context_length
+from qwodel.backends.awq.loading import check_architecture
 from qwodel.backends.awq.options import AWQOptions
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.calibration import describe_dataset
@@ -22,10 +23,13 @@ from qwodel.exceptions import (
     ValidationError,
 )
 from qwodel.hardware import CalibrationSizes, Fitted, available_memory, list_gpus, with_backoff
-from qwodel.model_config import read_config
+from qwodel.model_config import context_length, read_config, text_config
 from qwodel.output import require_space
 from qwodel.side_files import copy_side_files, side_files
 from qwodel.source import ModelSource
+
+if TYPE_CHECKING:
+    from qwodel.backends.awq.compress import Outcome
 
 __all__ = ["AWQQuantizer"]
 
@@ -60,19 +64,30 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """Weight-only formats of compressed-tensors, by name."""
         return _FORMATS
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any], base: AWQOptions | None = None) -> AWQOptions:
+        """Validate options, the calibration options' other spellings among them."""
         return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: AWQOptions) -> str:
+        """``<model>-AWQ-<format>``, a directory."""
         return f"{source.name}-AWQ-{spec.name}"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model that generates no text or is quantized already, with ValidationError."""
         check_architecture(config)
 
     def check(self, source: ModelSource, spec: FormatSpec, options: AWQOptions) -> None:
+        """Refuse what cannot end well before anything is loaded.
+
+        Raises:
+            ValidationError: a file, or an architecture AWQ does not take.
+            CalibrationError: text has to be tokenized, and there is no tokenizer.
+            ConfigurationError: more processes than GPUs or samples.
+        """
         if source.path.is_file() or not source.config:
             raise ValidationError(
                 f"{source.given} has no config.json", hint="give the directory that save_pretrained wrote"
@@ -101,6 +116,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             )
 
     def run(self, job: Job[AWQOptions]) -> None:
+        """Search scales in child processes, with smaller sizes where memory runs out; save; read back."""
         from qwodel.backends.awq.sizes import starting_sizes
 
         require_space(job.output.final.parent, job.source.weight_bytes, f"making {job.output.final.name}")
@@ -111,7 +127,7 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         fitted = with_backoff(attempt, start.sizes, estimate=start.estimate, free=start.free)
         self._verify(job, fitted, start.headroom)
 
-    def _attempt(self, job: Job[AWQOptions], sizes: CalibrationSizes) -> Any:
+    def _attempt(self, job: Job[AWQOptions], sizes: CalibrationSizes) -> Outcome:
         """Calibrate with these sizes, from weights as the source has them."""
         from qwodel.backends.awq.compress import Compression
         from qwodel.backends.awq.launch import run_compression
@@ -129,22 +145,22 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         )
         return run_compression(work, job.progress.update, job.output.scratch)
 
-    def _verify(self, job: Job[AWQOptions], fitted: Fitted[Any], headroom: int) -> None:
+    def _verify(self, job: Job[AWQOptions], fitted: Fitted[Outcome], headroom: int) -> None:
         import numpy as np
 
         from qwodel.backends.awq.compress import PROBE_TOKENS
-        from qwodel.backends.awq.verify import account, check_fused_layers, check_logits, stored_tensors
+        from qwodel.backends.awq.verify import account, check_fused_layers, check_logits, tensor_entries
 
         outcome, options, folder = fitted.value, job.options, job.output.path
         job.progress.stage("verify", "reading the directory back")
         copy_side_files(side_files(job.source.path), folder)
         job.output.written()
         fused = check_fused_layers(folder, outcome.quantized)
-        fate = account(job.source, folder)
+        fates = account(job.source, folder)
         _check_ties(job.source, folder)
-        if fate["dropped"]:
+        if fates.dropped:
             self.log.warning(
-                "%d source tensors are not in the result: %s …", len(fate["dropped"]), fate["dropped"][0]
+                "%d source tensors are not in the result: %s …", len(fates.dropped), fates.dropped[0]
             )
         job.progress.update(1, 3, "loading it with transformers")
         tokens_file = job.output.scratch / "tokens.npy"
@@ -153,12 +169,12 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             folder, check_architecture(job.source.config), tokens[:1, :PROBE_TOKENS],
             outcome.probe_logits, _main_dtype(job.source),
         )  # fmt: skip
-        stored = stored_tensors(folder)
+        stored = tensor_entries(folder)
         packed = sum(
             entry.nbytes for name, entry in stored.items()
             if any(name.startswith(f"{layer}.weight_") for layer in _packed_layers(stored))
         )  # fmt: skip
-        weights = sum(job.source.tensors[name].numel for name in fate["quantized"])
+        weights = sum(job.source.tensors[name].numel for name in fates.quantized)
         job.report |= {
             "bits_per_weight": round(
                 sum(e.nbytes for e in stored.values()) * 8 / max(job.source.parameters, 1), 3
@@ -166,15 +182,15 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
             "quantized_bits_per_weight": round(packed * 8 / max(weights, 1), 3),
             "group_size": outcome.group_size,
             "symmetric": outcome.symmetric,
-            "layers": fused["layers"],
-            "fused_groups": fused["groups"],
+            "layers": fused.layers,
+            "fused_groups": fused.groups,
             "untouched": outcome.untouched,
             "expert_tokens": {
                 name: count for name, count in outcome.tokens_seen.items() if ".experts." in name
             },
-            "tensors": {kind: len(names) for kind, names in fate.items()},
-            "dropped": fate["dropped"],
-            "logits": logits,
+            "tensors": fates.counts(),
+            "dropped": fates.dropped,
+            "logits": asdict(logits),
             "calibration": {
                 "dataset": describe_dataset(options.calibration_dataset),
                 "split": options.calibration_split,
@@ -188,15 +204,15 @@ class AWQQuantizer(BaseQuantizer[AWQOptions]):
         }
 
 
-def _packed_layers(stored: Mapping[str, Any]) -> set[str]:
+def _packed_layers(stored: Iterable[str]) -> set[str]:
     return {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
 
 
 def _write_tokens(job: Job[AWQOptions], sizes: CalibrationSizes) -> Path:
     import numpy as np
 
-    from qwodel.backends.awq.loading import load_tokenizer
     from qwodel.calibration import load_tokens
+    from qwodel.modeling.calibration_batches import load_tokenizer
 
     options = job.options
     tokens = load_tokens(
@@ -233,8 +249,6 @@ def _is_chat(item: Any) -> bool:
 
 
 def _vocabulary(source: ModelSource) -> int:
-    from qwodel.backends.awq.loading import text_config
-
     return int(text_config(source.config).get("vocab_size") or 0)
 
 
@@ -248,7 +262,6 @@ def _model_bytes(source: ModelSource) -> int:
 
 def _check_ties(source: ModelSource, folder: Path) -> None:
     """Refuse a result whose embeddings are tied where the source's were not, or the other way round."""
-    from qwodel.backends.awq.loading import text_config
 
     def tied(config: Mapping[str, Any]) -> Any:
         return text_config(config).get("tie_word_embeddings")

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer from a directory, for calibration and for reading back."""
+"""Loading a model from a directory, for calibration and for reading back."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwodel.exceptions import CalibrationError, ConversionError, ValidationError
-from qwodel.untrusted import read_json_object
+from qwodel.exceptions import ConversionError, ValidationError
 
-__all__ = ["check_architecture", "context_length", "load_model", "load_tokenizer", "read_json", "text_config"]
+__all__ = ["check_architecture", "load_model"]
 
 
 def check_architecture(config: Mapping[str, Any]) -> str:
@@ -35,23 +34,6 @@ def check_architecture(config: Mapping[str, Any]) -> str:
             hint="start from the original weights; a second quantization loses twice",
         )
     return str(generating[0])
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the language part of a configuration."""
-    for name in ("text_config", "llm_config", "language_config"):
-        if isinstance(config.get(name), dict):
-            return {**config, **config[name]}
-    return config
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Return the longest sequence a model takes, or ``None`` where its configuration does not say."""
-    text = text_config(config)
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(text.get(name), int) and text[name] > 0:
-            return int(text[name])
-    return None
 
 
 def load_model(path: Path, architecture: str, *, linear_experts: bool = False) -> Any:
@@ -83,33 +65,3 @@ def load_model(path: Path, architecture: str, *, linear_experts: bool = False) -
         # transformers raises what its many model classes raise.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConversionError(f"transformers cannot load {path.name}: {reason}") from error
-
-
-def load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a model directory.
-
-    Raises:
-        CalibrationError: there is none, or transformers cannot load it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        # transformers raises OSError, ValueError, ImportError … for a missing tokenizer.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CalibrationError(
-            f"{path.name} has no tokenizer that transformers can load: {reason}",
-            hint="copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model's "
-            "repository, or calibrate on lists of token ids",
-        ) from error
-    return tokenizer
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        ValidationError: the file is missing, or holds something else.
-    """
-    return read_json_object(path, constants=True)

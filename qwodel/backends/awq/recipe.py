@@ -11,7 +11,7 @@ from torch import nn
 
 from qwodel.backends.awq.options import AWQOptions
 from qwodel.exceptions import ConfigurationError, ValidationError
-from qwodel.modeling.wiring import Kind, Pair, find_pairs
+from qwodel.modeling.wiring import Pair, ProducerKind, find_pairs
 from qwodel.name_patterns import name_pattern
 
 __all__ = [
@@ -184,7 +184,7 @@ def mappings(model: Any, quantized: set[str]) -> list[Any]:
         return [each for each in _known_mappings(model) if quantized.intersection(each.balance_layers)]
     pairs = find_pairs(model)
     usable = [pair for pair in pairs if _awq_can_scale(model, pair, quantized)]
-    norms = (Kind.NORM, Kind.NORM_PLUS_ONE)
+    norms = (ProducerKind.NORM, ProducerKind.NORM_PLUS_ONE)
     if not any(pair.kind in norms for pair in usable):
         missing = next((pair for pair in pairs if pair.kind in norms), pairs[0])
         raise ValidationError(
@@ -223,9 +223,9 @@ def _awq_can_scale(model: Any, pair: Pair, quantized: set[str]) -> bool:
     if not quantized.intersection(pair.consumers):
         return False
     producer = model.get_submodule(pair.producer)
-    if pair.kind is Kind.NORM:
+    if pair.kind is ProducerKind.NORM:
         return True
-    if pair.kind is Kind.NORM_PLUS_ONE:
+    if pair.kind is ProducerKind.NORM_PLUS_ONE:
         registered: Sequence[str] = (
             NormCalibrationModule.registered_names() + NormCalibrationModule.registered_aliases()
         )

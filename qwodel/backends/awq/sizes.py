@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwodel.backends.awq.loading import context_length, text_config
 from qwodel.backends.awq.options import AWQOptions
 from qwodel.hardware import CalibrationSizes, auto_sizes, headroom, list_gpus, refine_batch
+from qwodel.model_config import context_length, text_config
 from qwodel.source import ModelSource
 
 __all__ = ["StartingSizes", "estimated_bytes", "measured_peak", "starting_sizes"]

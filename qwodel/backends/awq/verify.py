@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwodel.backends.awq.bridge import bridged
-from qwodel.backends.awq.loading import load_model, read_json
+from qwodel.backends.awq.loading import load_model
 from qwodel.exceptions import IntegrityError
+from qwodel.model_config import read_config
 from qwodel.process_state import AWQ_RUN, MODEL_BUILDING
 from qwodel.safetensors_files import TensorEntry, read_header
 from qwodel.source import ModelSource
 
-__all__ = ["FUSED", "account", "check_fused_layers", "check_logits", "stored_tensors"]
+__all__ = [
+    "FUSED",
+    "FusedLayers",
+    "LogitsAgreement",
+    "TensorFates",
+    "account",
+    "check_fused_layers",
+    "check_logits",
+    "tensor_entries",
+]
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -29,7 +40,43 @@ _RELATIVE_BOUND = {"F32": 1e-3}
 _HALF_BOUND = 3e-2
 
 
-def stored_tensors(folder: Path) -> dict[str, TensorEntry]:
+@dataclass(frozen=True, slots=True)
+class LogitsAgreement:
+    """How logits agree with those that were expected.
+
+    Attributes:
+        relative: ‖found − expected‖ / ‖expected‖.
+        bound: the most that arithmetic explains.
+        top1: share of positions with the same first choice.
+    """
+
+    relative: float
+    bound: float
+    top1: float
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayers:
+    """Numbers of groups that vLLM loads as one, and of packed layers."""
+
+    groups: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFates:
+    """Names of the source's tensors by what became of them."""
+
+    quantized: list[str]
+    kept: list[str]
+    dropped: list[str]
+
+    def counts(self) -> dict[str, int]:
+        """How many there are of each."""
+        return {"quantized": len(self.quantized), "kept": len(self.kept), "dropped": len(self.dropped)}
+
+
+def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     """Return name → header entry of every tensor in a directory's safetensors files."""
     found: dict[str, TensorEntry] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -37,11 +84,8 @@ def stored_tensors(folder: Path) -> dict[str, TensorEntry]:
     return found
 
 
-def check_logits(folder: Path, architecture: str, tokens: Any, expected: Any, dtype: str) -> dict[str, float]:
+def check_logits(folder: Path, architecture: str, tokens: Any, expected: Any, dtype: str) -> LogitsAgreement:
     """Load the directory with transformers and compare its logits with the fake-quantized model's.
-
-    Returns:
-        ``relative`` error of the logits, its ``bound``, and the share of equal ``top1`` choices.
 
     Raises:
         IntegrityError: they differ by more than the arithmetic of ``dtype`` explains.
@@ -60,27 +104,24 @@ def check_logits(folder: Path, architecture: str, tokens: Any, expected: Any, dt
             f"(bound {bound:g})"
         )
     same = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
-    return {"relative": error, "bound": bound, "top1": same}
+    return LogitsAgreement(error, bound, same)
 
 
-def check_fused_layers(folder: Path, quantized: Iterable[str]) -> dict[str, Any]:
+def check_fused_layers(folder: Path, quantized: Iterable[str]) -> FusedLayers:
     """Check the directory by what vLLM asks of a compressed-tensors checkpoint.
 
     The scheme is ``pack-quantized``; every quantized layer has packed weights, scales and shape, and
     zero points if and only if the scheme is asymmetric; layers that vLLM fuses are all stored packed
     or all plain, with scales of the same groups.
 
-    Returns:
-        the number of fused ``groups`` checked and of packed ``layers``.
-
     Raises:
         IntegrityError: one of these does not hold.
     """
-    config = read_json(folder / "config.json").get("quantization_config") or {}
+    config = read_config(folder).get("quantization_config") or {}
     if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
         raise IntegrityError(f"config.json does not describe packed weights: {json.dumps(config)[:200]}")
     weights = next(iter(config["config_groups"].values()))["weights"]
-    tensors = stored_tensors(folder)
+    tensors = tensor_entries(folder)
     packed = {name.rpartition(".")[0]: tensors[name] for name in tensors if name.endswith(f".{_PACKED}")}
     expected = {_PACKED, "weight_scale", "weight_shape"} | (
         set() if weights["symmetric"] else {"weight_zero_point"}
@@ -94,7 +135,7 @@ def check_fused_layers(folder: Path, quantized: Iterable[str]) -> dict[str, Any]
     missing = _unstored(quantized, packed)
     if missing:
         raise IntegrityError(f"{len(missing)} layers were quantized and not stored so: {missing[0]} …")
-    return {"groups": _check_groups(tensors, packed), "layers": len(packed)}
+    return FusedLayers(_check_groups(tensors, packed), len(packed))
 
 
 def _unstored(quantized: Iterable[str], packed: Mapping[str, Any]) -> list[str]:
@@ -126,17 +167,17 @@ def _check_groups(tensors: Mapping[str, Any], packed: Mapping[str, Any]) -> int:
     return count
 
 
-def account(source: ModelSource, folder: Path) -> dict[str, list[str]]:
-    """Return what became of the source's tensors: names ``quantized``, ``kept`` and ``dropped``."""
-    tensors = stored_tensors(folder)
-    fate: dict[str, list[str]] = {"quantized": [], "kept": [], "dropped": []}
+def account(source: ModelSource, folder: Path) -> TensorFates:
+    """Return what became of the source's tensors."""
+    tensors = tensor_entries(folder)
+    fates = TensorFates([], [], [])
     tied = bool(source.tied_embeddings)
     for name in source.tensors:
         stem = name.removesuffix(".weight")
         if name in tensors or (tied and name == "lm_head.weight"):
-            fate["kept"].append(name)
+            fates.kept.append(name)
         elif f"{stem}.{_PACKED}" in tensors:
-            fate["quantized"].append(name)
+            fates.quantized.append(name)
         else:
-            fate["dropped"].append(name)
-    return fate
+            fates.dropped.append(name)
+    return fates

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
-from qwodel.backends.coreml.formats import Recipe, format_specs, resolve
+from qwodel.backends.coreml.formats import CoreMLRecipe, format_specs, resolve
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.exceptions import ConfigurationError, ValidationError, did_you_mean
 from qwodel.output import require_space
@@ -15,7 +15,7 @@ from qwodel.source import ModelSource
 
 if TYPE_CHECKING:
     from qwodel.backends.coreml.mil.program import Program
-    from qwodel.backends.coreml.models import Kind
+    from qwodel.backends.coreml.models import ModelKind
     from qwodel.backends.coreml.weights import Weight
 
 __all__ = ["CoreMLQuantizer"]
@@ -34,20 +34,29 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """Formats of Core ML's compressed weights, by name."""
         return format_specs()
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: CoreMLOptions) -> str:
+        """``<model>-<format>``, a directory with the package in it."""
         return f"{source.name}-{spec.name}"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model that cannot be traced, with ValidationError."""
         from qwodel.backends.coreml.models import classify
 
         classify(config)
 
     def check(self, source: ModelSource, spec: FormatSpec, options: CoreMLOptions) -> None:
+        """Refuse options that do not suit the model, the format or the deployment target.
+
+        Raises:
+            ConfigurationError: an option that means nothing here, or a target too old for the format.
+            ValidationError: a model that cannot be traced.
+        """
         from qwodel.backends.coreml.dimensions import check_options, text_dimensions
         from qwodel.backends.coreml.mil.evaluate import known_operations
-        from qwodel.backends.coreml.models import Kind
+        from qwodel.backends.coreml.models import ModelKind
         from qwodel.backends.coreml.programs import check_examples, check_trust
 
         if source.input_format in _PROGRAMS:
@@ -55,7 +64,7 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         resolve(spec.name, options)
         kind = _kind(source)
         check_options(kind, options)
-        if kind in (Kind.DECODER, Kind.ENCODER):
+        if kind in (ModelKind.DECODER, ModelKind.ENCODER):
             text_dimensions(source.config, options)
         if source.input_format == "torchscript":
             check_examples(options)
@@ -69,10 +78,12 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
     def stage_weights(
         self, source: ModelSource, spec: FormatSpec, options: CoreMLOptions
     ) -> Mapping[str, float]:
+        """Shares of time: palettes take longest, then integers, then casts."""
         quantize = {"float": 5, "linear": 30, "palette": 60}[resolve(spec.name, options).kind]
         return {"resolve": 1, "convert": 60, "quantize": quantize, "verify": 15, "publish": 1}
 
     def run(self, job: Job[CoreMLOptions]) -> None:
+        """Trace, convert, compress the weights, write the package, and read it back."""
         from qwodel.backends.coreml.build import build
         from qwodel.backends.coreml.mil.program import Program
         from qwodel.backends.coreml.package import copy_beside, write_package
@@ -106,7 +117,7 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         verify(job, recipe, built, original, weights, package, self.log)
 
     def _compressed(
-        self, job: Job[CoreMLOptions], recipe: Recipe, original: Program, weights: list[Weight]
+        self, job: Job[CoreMLOptions], recipe: CoreMLRecipe, original: Program, weights: list[Weight]
     ) -> Any:
         """Return coremltools' model with its weights as the recipe has them."""
         from qwodel.backends.coreml.compress import compress, expected_seconds
@@ -139,11 +150,11 @@ class CoreMLQuantizer(BaseQuantizer[CoreMLOptions]):
         return compress(original, weights, recipe, workers, on_bar)
 
 
-def _kind(source: ModelSource) -> Kind:
-    from qwodel.backends.coreml.models import Kind, classify
+def _kind(source: ModelSource) -> ModelKind:
+    from qwodel.backends.coreml.models import ModelKind, classify
 
     if source.input_format in _PROGRAMS:
-        return Kind.PROGRAM
+        return ModelKind.PROGRAM
     if source.path.is_file():
         raise ValidationError(
             f"{source.given} is a single file", hint="give the model directory that holds it"

@@ -13,9 +13,9 @@ from qwodel.backends.base import Job
 from qwodel.backends.coreml.convert import convert_program, convert_traced, trace
 from qwodel.backends.coreml.dimensions import Dimensions, image_shape, text_dimensions
 from qwodel.backends.coreml.fingerprints import SourceTensors
-from qwodel.backends.coreml.formats import Recipe
+from qwodel.backends.coreml.formats import CoreMLRecipe
 from qwodel.backends.coreml.mil.program import Program
-from qwodel.backends.coreml.models import Kind, load_model
+from qwodel.backends.coreml.models import ModelKind, load_model
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.probes import Probe, Runner, prove, references, run_module, text_probes
 from qwodel.backends.coreml.programs import load_program
@@ -61,7 +61,7 @@ class Built:
     proof: float | None
 
 
-def build(job: Job[CoreMLOptions], kind: Kind, recipe: Recipe) -> Built:
+def build(job: Job[CoreMLOptions], kind: ModelKind, recipe: CoreMLRecipe) -> Built:
     """Load, wrap, prove, trace, convert and save.
 
     Raises:
@@ -69,18 +69,18 @@ def build(job: Job[CoreMLOptions], kind: Kind, recipe: Recipe) -> Built:
     """
     job.progress.stage("convert", f"loading {job.source.name}")
     with quiet_transformers():
-        built = _build_program(job, recipe) if kind is Kind.PROGRAM else _build_model(job, kind, recipe)
+        built = _build_program(job, recipe) if kind is ModelKind.PROGRAM else _build_model(job, kind, recipe)
     gc.collect()  # traces refer to themselves
     return built
 
 
-def _build_model(job: Job[CoreMLOptions], kind: Kind, recipe: Recipe) -> Built:
+def _build_model(job: Job[CoreMLOptions], kind: ModelKind, recipe: CoreMLRecipe) -> Built:
     options, progress = job.options, job.progress
     model = load_model(job.source, options)
     parameters = sum(each.numel() for each in model.parameters())
     progress.update(0.1, 1, "comparing the traced model with the original")
     outputs = outputs_of(kind, model)
-    if kind is Kind.VISION:
+    if kind is ModelKind.VISION:
         shape = image_shape(model.config.to_dict(), options)
         processor = _processor(job, shape[1])
         dimensions, probes = Dimensions(1), _image_probes(shape)
@@ -107,9 +107,9 @@ def _build_model(job: Job[CoreMLOptions], kind: Kind, recipe: Recipe) -> Built:
     )  # fmt: skip
 
 
-def _wrap_text(model: Any, kind: Kind, dimensions: Dimensions, options: CoreMLOptions) -> Traceable:
+def _wrap_text(model: Any, kind: ModelKind, dimensions: Dimensions, options: CoreMLOptions) -> Traceable:
     with torch.no_grad():
-        if kind is Kind.ENCODER:
+        if kind is ModelKind.ENCODER:
             return wrap_encoder(model, length=dimensions.longest, token_type_ids=options.token_type_ids)
         return wrap_decoder(
             model, length=dimensions.longest, batch=dimensions.batch, stateful=options.stateful
@@ -172,7 +172,7 @@ def _of_channels(given: Any, what: str) -> list[float]:
     return [checked_number(value, what) for value in values]
 
 
-def _build_program(job: Job[CoreMLOptions], recipe: Recipe) -> Built:
+def _build_program(job: Job[CoreMLOptions], recipe: CoreMLRecipe) -> Built:
     options, progress = job.options, job.progress
     loaded = load_program(job.source, options)
     tensors = SourceTensors.of(loaded.module, options.weight_threshold)

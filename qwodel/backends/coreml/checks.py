@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwodel.backends.coreml.formats import Recipe
+from qwodel.backends.coreml.formats import CoreMLRecipe
 from qwodel.backends.coreml.mil import compression  # noqa: F401 - registers the decoders
-from qwodel.backends.coreml.mil.program import Operation, Program
+from qwodel.backends.coreml.mil.program import MilOperation, Program
 from qwodel.backends.coreml.mil.registry import OPERATIONS
 from qwodel.backends.coreml.weights import Weight
-from qwodel.evaluation.quality import sqnr
+from qwodel.evaluation.quality import tensor_quality
 from qwodel.exceptions import IntegrityError
+from qwodel.report import TensorQuality
 
 __all__ = ["WeightCheck", "check_interface", "check_size", "check_weights", "decode"]
 
@@ -31,12 +32,11 @@ _SIZE_SLACK = 1 << 17  # small constants and 64-byte records
 
 @dataclass(frozen=True, slots=True)
 class WeightCheck:
-    """A compressed weight as read back: its operation, groups that share a scale or palette, SQNR in dB."""
+    """A compressed weight as read back: its quality, operation, and groups that share a scale or palette."""
 
-    label: str
+    quality: TensorQuality
     operation: str
     groups: int
-    sqnr_db: float
 
 
 def check_interface(
@@ -76,7 +76,7 @@ def _feature(kind: Any) -> str:
     return name.lower()
 
 
-def decode(program: Program, operation: Operation) -> torch.Tensor:
+def decode(program: Program, operation: MilOperation) -> torch.Tensor:
     """Return the dense weight of a ``constexpr`` operation, in float32."""
     arguments = {key: program.argument(operation, key) for key in operation.inputs}
     tensors = {
@@ -88,7 +88,7 @@ def decode(program: Program, operation: Operation) -> torch.Tensor:
 
 
 def check_weights(
-    original: Program, written: Program, weights: list[Weight], recipe: Recipe, threshold: int
+    original: Program, written: Program, weights: list[Weight], recipe: CoreMLRecipe, threshold: int
 ) -> list[WeightCheck]:
     """Decode every compressed weight and hold it against its float16 source.
 
@@ -125,17 +125,17 @@ def check_weights(
     return checks
 
 
-def _compressed(name: str, producers: Mapping[str, Operation]) -> Operation | None:
+def _compressed(name: str, producers: Mapping[str, MilOperation]) -> MilOperation | None:
     """Find the operation that coremltools' passes put in place of a constant."""
     return next((producers[name + suffix] for suffix in _SUFFIXES if name + suffix in producers), None)
 
 
-def _feeds_constexpr(name: str, producers: Mapping[str, Operation]) -> bool:
+def _feeds_constexpr(name: str, producers: Mapping[str, MilOperation]) -> bool:
     return any(name in operation.inputs.values() for operation in producers.values())
 
 
 def _check_weight(
-    written: Program, operation: Operation, weight: Weight, values: np.ndarray, recipe: Recipe
+    written: Program, operation: MilOperation, weight: Weight, values: np.ndarray, recipe: CoreMLRecipe
 ) -> WeightCheck:
     dense = decode(written, operation)
     source = torch.from_numpy(np.array(values)).float()
@@ -152,17 +152,17 @@ def _check_weight(
         what = "a code is not that of the palette's nearest entry"
     if bool((error > limit).any()):
         raise IntegrityError(f"{weight.label} was not stored as {recipe.describe()}: {what}")
-    kept = sqnr(source, dense)
-    if kept < recipe.sqnr_db:
+    quality = tensor_quality(weight.label, source, dense)
+    if quality.sqnr_db < recipe.sqnr_db:
         raise IntegrityError(
-            f"{recipe.format} keeps only {kept:.1f} dB of {weight.label}, and {recipe.sqnr_db:g} dB is the least that makes sense",
+            f"{recipe.format} keeps only {quality.sqnr_db:.1f} dB of {weight.label}, and {recipe.sqnr_db:g} dB is the least that makes sense",
             hint="outliers share a scale or palette with small weights: pass a smaller group_size, "
             f"or exclude_layers=[{weight.label!r}]",
         )
-    return WeightCheck(weight.label, operation.type, groups, kept)
+    return WeightCheck(quality, operation.type, groups)
 
 
-def _step(written: Program, operation: Operation, source: torch.Tensor) -> tuple[int, torch.Tensor]:
+def _step(written: Program, operation: MilOperation, source: torch.Tensor) -> tuple[int, torch.Tensor]:
     """A step of the grid at each element: rounding to nearest costs half, a rounded zero point up to half more."""
     scale = torch.from_numpy(np.array(written.argument(operation, "scale"))).float()
     groups = scale.numel()
@@ -175,7 +175,7 @@ def _step(written: Program, operation: Operation, source: torch.Tensor) -> tuple
     return groups, scale * 1.05 + source.abs() * 2**-10
 
 
-def _nearest(written: Program, operation: Operation, source: torch.Tensor) -> tuple[int, torch.Tensor]:
+def _nearest(written: Program, operation: MilOperation, source: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Distance of each element to the nearest entry of its palette, and a little for rounding."""
     palettes = torch.from_numpy(np.array(written.argument(operation, "lut"))).float()
     if palettes.ndim == 1:
@@ -198,14 +198,14 @@ def _nearest(written: Program, operation: Operation, source: torch.Tensor) -> tu
 
 
 def check_size(
-    written: Program, weights: list[Weight], checks: list[WeightCheck], recipe: Recipe, threshold: int
-) -> dict[str, int]:
-    """Compare the bytes on disk with what the format should take, and return the sizes.
+    written: Program, weights: list[Weight], checks: list[WeightCheck], recipe: CoreMLRecipe, threshold: int
+) -> int:
+    """Compare the bytes on disk with what the format should take, and return them.
 
     Raises:
         IntegrityError: the weights take more.
     """
-    groups = {check.label: check.groups for check in checks}
+    groups = {check.quality.name: check.groups for check in checks}
     per_group = (1 << recipe.bits) * 2 if recipe.kind == "palette" else 3
     nominal = 0.0
     for weight in weights:
@@ -221,4 +221,4 @@ def check_size(
         raise IntegrityError(
             f"the weights take {stored:,} bytes, and {recipe.describe()} should take {nominal:,.0f}"
         )
-    return {"weight_bytes": stored, "nominal_bytes": int(nominal)}
+    return stored

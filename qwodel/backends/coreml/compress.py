@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qwodel.backends.coreml.formats import Recipe
+from qwodel.backends.coreml.formats import CoreMLRecipe
 from qwodel.backends.coreml.mil.program import Program
 from qwodel.backends.coreml.toolchain import (
     BarCallback,
@@ -112,7 +112,9 @@ def divisor(total: int, wanted: int, least: int) -> int:
     return found if found >= least else 0
 
 
-def expected_seconds(program: Program, weights: Sequence[Weight], recipe: Recipe, workers: int) -> float:
+def expected_seconds(
+    program: Program, weights: Sequence[Weight], recipe: CoreMLRecipe, workers: int
+) -> float:
     """Estimate what choosing palettes will take, from one group of each shape of weight."""
     if recipe.kind != "palette":
         return 0.0
@@ -133,7 +135,7 @@ def expected_seconds(program: Program, weights: Sequence[Weight], recipe: Recipe
 
 
 def compress(
-    original: Program, weights: Sequence[Weight], recipe: Recipe, workers: int, on_progress: BarCallback
+    original: Program, weights: Sequence[Weight], recipe: CoreMLRecipe, workers: int, on_progress: BarCallback
 ) -> Any:
     """Return coremltools' model with the weights that are not kept compressed.
 
@@ -160,7 +162,7 @@ def compress(
             raise ConversionError(f"coremltools cannot compress the weights: {error}{said}") from error
 
 
-def _op_config(recipe: Recipe) -> Any:
+def _op_config(recipe: CoreMLRecipe) -> Any:
     from coremltools.optimize.coreml import OpLinearQuantizerConfig, OpPalettizerConfig
 
     shared: dict[str, Any] = {"mode": recipe.mode, "granularity": recipe.granularity, "weight_threshold": 0}
@@ -171,7 +173,7 @@ def _op_config(recipe: Recipe) -> Any:
     return OpPalettizerConfig(nbits=recipe.bits, **shared, **groups)
 
 
-def _graph_pass(config: Any, recipe: Recipe, pool: ThreadPoolExecutor) -> Any:
+def _graph_pass(config: Any, recipe: CoreMLRecipe, pool: ThreadPoolExecutor) -> Any:
     """coremltools' compression pass, with groups that always divide and k-means in threads."""
     from coremltools.optimize.coreml import _quantization_passes as passes
 
@@ -196,7 +198,7 @@ def _graph_pass(config: Any, recipe: Recipe, pool: ThreadPoolExecutor) -> Any:
     return (LinearQuantizer if recipe.kind == "linear" else Palettizer)(config)
 
 
-def _palettes(data: np.ndarray, recipe: Recipe, axis: int, group: int, pool: ThreadPoolExecutor) -> Any:
+def _palettes(data: np.ndarray, recipe: CoreMLRecipe, axis: int, group: int, pool: ThreadPoolExecutor) -> Any:
     """Palettize ``data`` in groups of channels of one axis; coremltools' parameter tuple."""
     from coremltools.converters.mil.mil import types
     from coremltools.optimize._utils import LutParams

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwodel.backends.coreml.models import Kind, context_length
+from qwodel.backends.coreml.models import ModelKind
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.exceptions import ConfigurationError
+from qwodel.model_config import context_length
 
 __all__ = ["Dimensions", "check_options", "image_shape", "text_dimensions"]
 
@@ -111,19 +112,21 @@ def image_shape(config: Mapping[str, Any], options: CoreMLOptions) -> tuple[int,
     return 1, channels, int(height), int(width)
 
 
-def check_options(kind: Kind, options: CoreMLOptions) -> None:
+def check_options(kind: ModelKind, options: CoreMLOptions) -> None:
     """Raise ConfigurationError where an option means nothing to this kind of model."""
     given = options.model_fields_set
-    misplaced = [name for name in _TEXT_ONLY if name in given and kind in (Kind.VISION, Kind.PROGRAM)]
-    if kind is not Kind.DECODER and options.stateful:
+    misplaced = [
+        name for name in _TEXT_ONLY if name in given and kind in (ModelKind.VISION, ModelKind.PROGRAM)
+    ]
+    if kind is not ModelKind.DECODER and options.stateful:
         misplaced = ["stateful"]
-    if kind is not Kind.ENCODER and options.token_type_ids:
+    if kind is not ModelKind.ENCODER and options.token_type_ids:
         misplaced = ["token_type_ids"]
-    if kind is not Kind.PROGRAM and options.example_inputs is not None:
+    if kind is not ModelKind.PROGRAM and options.example_inputs is not None:
         misplaced = ["example_inputs"]
     if misplaced:
         raise ConfigurationError(
-            f"{', '.join(misplaced)} {'means' if len(misplaced) == 1 else 'mean'} nothing to {'an' if kind is Kind.ENCODER else 'a'} {kind.value}",
+            f"{', '.join(misplaced)} {'means' if len(misplaced) == 1 else 'mean'} nothing to {'an' if kind is ModelKind.ENCODER else 'a'} {kind.value}",
             hint="leave the option out",
         )
     if options.stateful and options.shapes != "range":

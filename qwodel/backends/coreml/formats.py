@@ -11,7 +11,7 @@ from qwodel.backends.base import FormatSpec
 from qwodel.backends.coreml.options import CoreMLOptions, Granularity
 from qwodel.exceptions import ConfigurationError
 
-__all__ = ["FORMATS", "Recipe", "format_specs", "opset", "output_type", "resolve"]
+__all__ = ["FORMATS", "CoreMLRecipe", "format_specs", "opset", "output_type", "resolve"]
 
 _DEFAULT_GROUP = 32
 _TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
@@ -63,7 +63,7 @@ def format_specs() -> Mapping[str, FormatSpec]:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class CoreMLRecipe:
     """A format with everything decided.
 
     ``target`` is the oldest system, as coremltools names it; ``group_size`` is 0 where nothing is grouped.
@@ -87,7 +87,7 @@ class Recipe:
         return f"{self.bits}-bit {'palettes' if self.kind == 'palette' else 'integers'}, {self.mode}, {shared}{group}"
 
 
-def resolve(name: str, options: CoreMLOptions) -> Recipe:
+def resolve(name: str, options: CoreMLOptions) -> CoreMLRecipe:
     """Decide mode, granularity, group size and deployment target of a run.
 
     Raises:
@@ -100,7 +100,7 @@ def resolve(name: str, options: CoreMLOptions) -> Recipe:
         raise ConfigurationError(
             f"group_size belongs to groups, and {name} was asked for {granularity or 'none'}"
         )
-    return Recipe(
+    return CoreMLRecipe(
         format=name,
         kind=kind.kind,
         bits=kind.bits,

@@ -16,10 +16,10 @@ from qwodel.exceptions import ConversionError, QuantizationError, ValidationErro
 from qwodel.process_state import MODEL_BUILDING
 from qwodel.source import ModelSource
 
-__all__ = ["Kind", "classify", "context_length", "load_model"]
+__all__ = ["ModelKind", "classify", "load_model"]
 
 
-class Kind(Enum):
+class ModelKind(Enum):
     """What a model takes and gives."""
 
     DECODER = "decoder"
@@ -39,9 +39,6 @@ _VISION_TYPES = frozenset(
      "mobilenet_v2", "mobilevit", "mobilevitv2", "poolformer", "pvt", "regnet", "resnet", "segformer", "swin", "swinv2",
      "vit", "vit_msn")
 )  # fmt: skip
-_COUNTS_PADDING = frozenset(
-    ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
-)
 # Causal by construction, whatever head they wear.
 _CAUSAL = re.compile(
     r"^(Llama|Qwen|Mistral|Mixtral|Gemma|Phi|GPT|Gpt|Olmo|SmolLM|Falcon|Bloom|OPT|StableLm|Granite|Cohere)"
@@ -55,7 +52,7 @@ _DATA_DEPENDENT = {
 }
 
 
-def classify(config: Mapping[str, Any]) -> Kind:
+def classify(config: Mapping[str, Any]) -> ModelKind:
     """Tell from ``config.json`` what kind of model it is.
 
     Raises:
@@ -75,10 +72,10 @@ def classify(config: Mapping[str, Any]) -> Kind:
             "for anything else trace the model yourself and give the TorchScript file",
         )
     if _DECODER.search(architecture):
-        return Kind.DECODER
+        return ModelKind.DECODER
     if _VISION_HEAD.search(architecture) or config.get("model_type") in _VISION_TYPES:
-        return Kind.VISION
-    return Kind.ENCODER
+        return ModelKind.VISION
+    return ModelKind.ENCODER
 
 
 def _problem(architecture: str, config: Mapping[str, Any]) -> str | None:
@@ -96,17 +93,6 @@ def _problem(architecture: str, config: Mapping[str, Any]) -> str | None:
         return "its inputs and outputs are not known"
     if _CAUSAL.match(architecture) and not _DECODER.search(architecture):
         return "a decoder is taken with its language-model head"
-    return None
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens the model's positions reach, or ``None`` where the configuration does not say."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        limit = config.get(name)
-        if isinstance(limit, int) and limit > 0:
-            # RoBERTa's first positions are those of padding.
-            reserved = config.get("pad_token_id", 1) + 1 if config.get("model_type") in _COUNTS_PADDING else 0
-            return limit - int(reserved)
     return None
 
 

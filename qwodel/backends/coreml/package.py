@@ -10,7 +10,7 @@ from typing import Any
 
 from qwodel.backends.base import Job
 from qwodel.backends.coreml.build import Built
-from qwodel.backends.coreml.formats import Recipe
+from qwodel.backends.coreml.formats import CoreMLRecipe
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.backends.coreml.toolchain import record_log
 from qwodel.hashes import hash_outputs
@@ -21,7 +21,9 @@ from qwodel.version import __version__
 __all__ = ["copy_beside", "licence_of", "write_package"]
 
 
-def write_package(model: Any, package: Path, job: Job[CoreMLOptions], recipe: Recipe, built: Built) -> None:
+def write_package(
+    model: Any, package: Path, job: Job[CoreMLOptions], recipe: CoreMLRecipe, built: Built
+) -> None:
     """Describe coremltools' ``model`` and save it as ``package``: the same bytes for the same program.
 
     Descriptions of inputs and outputs, licence, source and recipe go in; the author is the user's to name.
@@ -60,7 +62,9 @@ def _identifier(folder: Path, path: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path} {content}"))
 
 
-def _describe(model: Any, source: ModelSource, recipe: Recipe, built: Built, options: CoreMLOptions) -> None:
+def _describe(
+    model: Any, source: ModelSource, recipe: CoreMLRecipe, built: Built, options: CoreMLOptions
+) -> None:
     inputs = {each.name: each.description for each in built.inputs}
     outputs = {each.name: each.description for each in built.outputs}
     model.short_description = (

@@ -15,7 +15,7 @@ import torch
 from qwodel.backends.base import Job
 from qwodel.backends.coreml.build import Built
 from qwodel.backends.coreml.checks import WeightCheck, check_interface, check_size, check_weights
-from qwodel.backends.coreml.formats import Recipe, opset, output_type
+from qwodel.backends.coreml.formats import CoreMLRecipe, opset, output_type
 from qwodel.backends.coreml.mil.evaluate import Evaluator
 from qwodel.backends.coreml.mil.program import Program
 from qwodel.backends.coreml.options import CoreMLOptions
@@ -33,7 +33,7 @@ _FLOAT32_BYTES = 4
 
 def verify(
     job: Job[CoreMLOptions],
-    recipe: Recipe,
+    recipe: CoreMLRecipe,
     built: Built,
     original: Program,
     weights: list[Weight],
@@ -52,18 +52,16 @@ def verify(
     outputs = {each.name: kind for each in built.outputs}
     check_interface(written, kinds, outputs, len(built.states), opset(recipe.target))
     checks = check_weights(original, written, weights, recipe, threshold)
-    sizes = check_size(written, weights, checks, recipe, threshold)
+    weight_bytes = check_size(written, weights, checks, recipe, threshold)
     stored = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
     job.report |= {
-        "bits_per_weight": round(sizes["weight_bytes"] * 8 / max(built.parameters, 1), 3),
+        "bits_per_weight": round(weight_bytes * 8 / max(built.parameters, 1), 3),
         "compression_ratio": round(built.parameters * _FLOAT32_BYTES / stored, 3),
         "operations": written.counts(),
         "compressed": dict(Counter(check.operation for check in checks)),
         "kept": {weight.label: weight.kept for weight in weights if weight.kept and recipe.kind != "float"},
-        "groups": {check.label: check.groups for check in checks},
-        "sqnr_db": {
-            check.label: round(check.sqnr_db, 2) if math.isfinite(check.sqnr_db) else None for check in checks
-        },
+        "groups": {check.quality.name: check.groups for check in checks},
+        "sqnr_db": {check.quality.name: check.quality.reported_db for check in checks},
         "trace_error": built.proof,
     }
     _warn_of_noise(checks, recipe, log)
@@ -72,14 +70,14 @@ def verify(
         job.report["runtime"] = _compare_runtime(job, built, package)
 
 
-def _warn_of_noise(checks: list[WeightCheck], recipe: Recipe, log: logging.Logger) -> None:
-    worst = min(checks, key=lambda check: check.sqnr_db, default=None)
+def _warn_of_noise(checks: list[WeightCheck], recipe: CoreMLRecipe, log: logging.Logger) -> None:
+    worst = min((check.quality for check in checks), key=lambda quality: quality.sqnr_db, default=None)
     if worst is not None and worst.sqnr_db < recipe.sqnr_db * 1.3:
-        log.warning("%s keeps %.1f dB of %s, which is little", recipe.format, worst.sqnr_db, worst.label)
+        log.warning("%s keeps %.1f dB of %s, which is little", recipe.format, worst.sqnr_db, worst.name)
 
 
 def _evaluate(
-    job: Job[CoreMLOptions], recipe: Recipe, built: Built, written: Program, log: logging.Logger
+    job: Job[CoreMLOptions], recipe: CoreMLRecipe, built: Built, written: Program, log: logging.Logger
 ) -> dict[str, Any]:
     """Run the written program on the probes and compare it with the source's outputs."""
     wanted = job.options.evaluate

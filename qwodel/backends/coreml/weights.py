@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwodel.backends.coreml.fingerprints import SourceTensors, fingerprint
-from qwodel.backends.coreml.mil.program import Operation, Program
+from qwodel.backends.coreml.mil.program import MilOperation, Program
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.exceptions import ConfigurationError, did_you_mean
 from qwodel.name_patterns import name_pattern
@@ -87,7 +87,7 @@ def unplaced(weights: list[Weight], source: SourceTensors) -> list[str]:
     return sorted(set(source.names) - placed)
 
 
-def _kept(name: str, shape: tuple[int, ...], readers: list[Operation], is_buffer: bool) -> str | None:
+def _kept(name: str, shape: tuple[int, ...], readers: list[MilOperation], is_buffer: bool) -> str | None:
     if is_buffer:
         return "a table of the model, not a weight"
     if len(shape) < 2:

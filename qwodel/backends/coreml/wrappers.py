@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qwodel.backends.coreml.models import Kind
+from qwodel.backends.coreml.models import ModelKind
 
 __all__ = [
     "PAST",
@@ -68,7 +68,7 @@ class State:
 class Traceable:
     """A module whose ``forward`` takes ``inputs`` in order and returns ``outputs``."""
 
-    kind: Kind
+    kind: ModelKind
     module: torch.nn.Module
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
@@ -88,12 +88,12 @@ _HEADS = (
 )  # fmt: skip
 
 
-def outputs_of(kind: Kind, model: torch.nn.Module) -> tuple[Output, ...]:
+def outputs_of(kind: ModelKind, model: torch.nn.Module) -> tuple[Output, ...]:
     """Return what a model of this kind and class gives."""
     name = type(model).__name__
-    if kind is Kind.DECODER:
+    if kind is ModelKind.DECODER:
         return (_NEXT,)
-    if kind is Kind.VISION:
+    if kind is ModelKind.VISION:
         return (_CLASSES if name.endswith("ForImageClassification") else _FEATURES,)
     return next(outputs for pattern, outputs in _HEADS if re.search(pattern, name))
 
@@ -263,7 +263,7 @@ def wrap_decoder(model: torch.nn.Module, *, length: int, batch: int, stateful: b
         module = _Decoder(model, length)
     _tabulate_rotary(model, length)
     inputs = (_IDS, _PAST_MASK if stateful else _MASK)
-    return Traceable(Kind.DECODER, module.eval(), inputs, outputs_of(Kind.DECODER, model), states)
+    return Traceable(ModelKind.DECODER, module.eval(), inputs, outputs_of(ModelKind.DECODER, model), states)
 
 
 @torch.no_grad()
@@ -329,8 +329,8 @@ def wrap_encoder(model: torch.nn.Module, *, length: int, token_type_ids: bool) -
         inputs += (
             Input("token_type_ids", ("batch", TOKENS), "int32", "0 for the first text, 1 for the second."),
         )
-    outputs = outputs_of(Kind.ENCODER, model)
-    return Traceable(Kind.ENCODER, _Encoder(model, length, len(outputs)).eval(), inputs, outputs)
+    outputs = outputs_of(ModelKind.ENCODER, model)
+    return Traceable(ModelKind.ENCODER, _Encoder(model, length, len(outputs)).eval(), inputs, outputs)
 
 
 class _Vision(torch.nn.Module):
@@ -367,5 +367,8 @@ def wrap_vision(
     kind = {3: "image_rgb", 1: "image_grayscale"}.get(shape[1], "float32")
     image = Input("image", shape, kind, f"Image of {shape[3]} × {shape[2]} pixels, values 0 to 255.")
     return Traceable(
-        Kind.VISION, _Vision(model, scale, mean, std).eval(), (image,), outputs_of(Kind.VISION, model)
+        ModelKind.VISION,
+        _Vision(model, scale, mean, std).eval(),
+        (image,),
+        outputs_of(ModelKind.VISION, model),
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 from qwodel.backends.base import BaseQuantizer, FormatSpec, Job
 from qwodel.backends.gguf import steps
 from qwodel.backends.gguf.accounting import dropped_tensors
+from qwodel.backends.gguf.answers import LoadedModel
 from qwodel.backends.gguf.calibrate import importance_matrix
 from qwodel.backends.gguf.formats import file_type, format_specs
 from qwodel.backends.gguf.options import GGUFOptions
@@ -31,6 +31,7 @@ from qwodel.exceptions import CalibrationError, ConfigurationError, IntegrityErr
 from qwodel.gguf_header import GGML_TYPES, GGUFHeader, read_gguf_header
 from qwodel.name_patterns import name_pattern
 from qwodel.output import require_space
+from qwodel.report import TensorQuality
 from qwodel.source import ModelSource
 
 __all__ = ["GGUFQuantizer"]
@@ -53,19 +54,29 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
 
     @classmethod
     def formats(cls) -> Mapping[str, FormatSpec]:
+        """llama.cpp's file types, by name."""
         return format_specs()
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any], base: GGUFOptions | None = None) -> GGUFOptions:
+        """Validate options, the calibration options' other spellings among them."""
         return super().parse_options(renamed(given), base)
 
     def output_name(self, source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> str:
+        """``<model>-<format>.gguf``."""
         return f"{_model_name(source)}-{spec.name}.gguf"
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse an architecture that llama.cpp's converter does not take, with ValidationError."""
         converter().check_architecture(config)
 
     def check(self, source: ModelSource, spec: FormatSpec, options: GGUFOptions) -> None:
+        """Refuse options that contradict one another, and formats without the importance matrix they need.
+
+        Raises:
+            ConfigurationError: options that exclude each other, or a missing importance matrix.
+            ValidationError: a model llama.cpp does not take.
+        """
         if options.imatrix is not None and options.calibration_dataset is not None:
             raise ConfigurationError(
                 "imatrix and calibration_dataset exclude each other",
@@ -88,6 +99,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
     def stage_weights(
         self, source: ModelSource, spec: FormatSpec, options: GGUFOptions
     ) -> Mapping[str, float]:
+        """Shares of time: types that search a grid take ten times as long, and calibration takes long too."""
         # Grid types search; the others round.
         slow = file_type(spec.name).main_type.startswith("IQ")
         weights: dict[str, float] = {"resolve": 1, "quantize": 400 if slow else 30, "verify": 4, "publish": 1}
@@ -98,17 +110,18 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
         return weights
 
     def run(self, job: Job[GGUFOptions]) -> None:
+        """Convert, compute the importance matrix where asked for, quantize, and check the file as llama.cpp reads it."""
         source, options = job.source, job.options
         outtype = steps.intermediate_type(source)
         _require_space(job, outtype)
         _import_ahead()
         is_gguf = source.input_format == "gguf"
         kept = _kept_intermediate(job, outtype)
-        origin = list(source.weight_files) if is_gguf else [steps.convert(job, outtype)]
+        origin = list(source.weight_files) if is_gguf else [steps.run_converter(job, outtype)]
         headers = [read_gguf_header(file) for file in origin]
         _check_types(options, headers)
         matrix = importance_matrix(job, origin[0], headers)
-        fallbacks, loaded = steps.quantize(job, origin[0], headers, matrix.path if matrix else None)
+        fallbacks, loaded = steps.run_quantize(job, origin[0], headers, matrix.path if matrix else None)
         job.output.written()
         self._verify(job, headers, loaded)
         shown = {key: value for key, value in loaded.items() if not key.startswith("probe_")}
@@ -127,7 +140,7 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
             origin[0].replace(kept)
             job.report["intermediate"] = str(kept)
 
-    def _verify(self, job: Job[GGUFOptions], headers: list[GGUFHeader], loaded: Mapping[str, Any]) -> None:
+    def _verify(self, job: Job[GGUFOptions], headers: list[GGUFHeader], loaded: LoadedModel) -> None:
         """Read the written file back, compare, and report what it holds."""
         job.progress.stage("verify", "reading the file back")
         output = read_gguf_header(job.output.path)
@@ -150,27 +163,25 @@ class GGUFQuantizer(BaseQuantizer[GGUFOptions]):
                 "%d source tensors have no place in the GGUF: %s …", len(dropped), ", ".join(dropped[:3])
             )
         job.progress.update(1, 2, "decoding sampled rows")
-        quality = measure(headers, output)
-        self._warn_of_noise(quality, job.format.name)
+        measured = measure(headers, output)
+        self._warn_of_noise(measured, job.format.name)
         job.report |= {
             "bits_per_weight": round(output.tensor_bytes * 8 / max(output.parameters, 1), 3),
             "tensor_types": dict(Counter(tensor.type for tensor in output.tensors.values())),
-            "sqnr_db": {
-                name: round(value, 2) if math.isfinite(value) else None for name, value in quality.items()
-            },
+            "sqnr_db": {each.name: each.reported_db for each in measured},
             "tokenizer": tokenizer,
             "dropped": dropped,
             "converter": lock()["release"],
         }
 
-    def _warn_of_noise(self, quality: Mapping[str, float], format_name: str) -> None:
-        name, value = min(quality.items(), key=lambda item: item[1], default=("", math.inf))
-        if value < _NOISY_DB:
+    def _warn_of_noise(self, measured: Iterable[TensorQuality], format_name: str) -> None:
+        worst = min(measured, key=lambda quality: quality.sqnr_db, default=None)
+        if worst is not None and worst.sqnr_db < _NOISY_DB:
             self.log.warning(
                 "%s keeps %.1f dB of %s: expect noise unless the model was trained for such weights",
                 format_name,
-                value,
-                name,
+                worst.sqnr_db,
+                worst.name,
             )
 
 

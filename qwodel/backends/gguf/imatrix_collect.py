@@ -18,6 +18,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as lib
 from llama_cpp._ggml import libggml
 
+from qwodel.backends.gguf.answers import CollectedMatrix
 from qwodel.backends.gguf.imatrix import ImatrixEntry, ImportanceMatrix, write_imatrix
 from qwodel.backends.gguf.llama import batch_of, forward_log, safe_model_params, tokenize
 
@@ -144,7 +145,7 @@ def _ids(tensor: _Tensor) -> npt.NDArray[np.int32]:
     return np.ndarray(shape, np.int32, memoryview(raw), strides=strides)
 
 
-def collect(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def collect(request: dict[str, Any], emit: Emit) -> CollectedMatrix:
     """Run the text through the model and write the matrix.
 
     Request keys: ``model``, ``text`` (a UTF-8 file), ``target``, ``dataset``,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as lib
 
+from qwodel.backends.gguf.answers import LoadedModel
 from qwodel.backends.gguf.imatrix import ImportanceMatrix, read_imatrix
 
 __all__ = [
@@ -46,7 +47,7 @@ def forward_log(emit: Emit, errors: list[str]) -> None:
     lib.llama_log_set(callback, ctypes.c_void_p(0))
 
 
-def quantize_and_load(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def quantize_and_load(request: dict[str, Any], emit: Emit) -> LoadedModel:
     """Quantize ``source`` to ``target``, then load the result as any llama.cpp program would.
 
     Request keys: ``source``, ``target``, ``ftype``, ``nthread``, ``allow_requantize``,
@@ -172,7 +173,7 @@ def safe_model_params() -> Any:
     return params
 
 
-def load_model(path: str, probe: str, errors: list[str], threads: int) -> dict[str, Any]:
+def load_model(path: str, probe: str, errors: list[str], threads: int) -> LoadedModel:
     """Load the model at ``path``, tokenize ``probe``, run some of its tokens, and return what came of it.
 
     A vocabulary that does not fit its tokenizer model makes llama.cpp abort on the
@@ -193,7 +194,7 @@ def load_model(path: str, probe: str, errors: list[str], threads: int) -> dict[s
     lib.llama_model_desc(model, description, 128)
     template = lib.llama_model_chat_template(model, None)
     tokens = tokenize(vocab, probe.encode(), special=False)
-    facts = {
+    facts: LoadedModel = {
         "description": description.value.decode("utf-8", "replace"),
         "parameters": int(lib.llama_model_n_params(model)),
         "vocabulary": int(lib.llama_vocab_n_tokens(vocab)),

@@ -12,7 +12,9 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
+from qwodel.backends.gguf.answers import ForwardPass, SpokenAnswer
 from qwodel.backends.gguf.native import NativeFailure, run_worker
 from qwodel.exceptions import DependencyError
 
@@ -33,7 +35,7 @@ class RuntimeState:
 def check_runtime() -> RuntimeState:
     """Run a tiny model in a child process, with the settings every llama.cpp program starts with."""
     try:
-        result = run_worker("forward", {})
+        result = cast("ForwardPass", run_worker("forward", {}))
     except NativeFailure as failure:
         if failure.signal is None:
             return RuntimeState(False, f"llama.cpp's forward pass fails: {failure}", reinstall_command())
@@ -53,7 +55,7 @@ def speak(path: Path, question: str) -> tuple[str, float]:
         NativeFailure: it cannot load or run the model.
     """
     try:
-        result = run_worker("speak", {"path": str(path), "question": question})
+        result = cast("SpokenAnswer", run_worker("speak", {"path": str(path), "question": question}))
     except NativeFailure as failure:
         if failure.signal is None:
             raise

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import Llama
 
+from qwodel.backends.gguf.answers import ForwardPass, SpokenAnswer
 from qwodel.backends.gguf.llama import forward_log
 
 __all__ = ["forward", "speak"]
@@ -20,7 +21,7 @@ Emit = Callable[[dict[str, Any]], None]
 _WIDTH, _VOCABULARY, _TOKENS = 64, 128, 16
 
 
-def forward(_: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def forward(_: dict[str, Any], emit: Emit) -> ForwardPass:
     """Run a tiny model with the settings every llama.cpp program starts with; return whether it is finite.
 
     The request is empty. A library that was compiled into something this CPU cannot run ends
@@ -37,7 +38,7 @@ def forward(_: dict[str, Any], emit: Emit) -> dict[str, Any]:
     return {"finite": finite}
 
 
-def speak(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def speak(request: dict[str, Any], emit: Emit) -> SpokenAnswer:
     """Load the chat model at ``path`` as any program would; return its greedy ``answer`` and its ``speed``.
 
     Request keys: ``path``, ``question``. The speed is in tokens a second.

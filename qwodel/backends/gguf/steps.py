@@ -6,9 +6,10 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from qwodel.backends.base import Job
+from qwodel.backends.gguf.answers import LoadedModel
 from qwodel.backends.gguf.formats import file_type
 from qwodel.backends.gguf.native import NativeFailure, run_worker
 from qwodel.backends.gguf.options import GGUFOptions
@@ -27,7 +28,7 @@ from qwodel.hardware import cpu_count
 from qwodel.progress import Progress
 from qwodel.source import ModelSource
 
-__all__ = ["Heartbeat", "convert", "intermediate_type", "quantize"]
+__all__ = ["FallBack", "Heartbeat", "intermediate_type", "run_converter", "run_quantize"]
 
 _WRITING = re.compile(r"Writing:\s*(\d+)%\|[^|]*\|\s*([\d.]+\w*)/([\d.]+\w*)")
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
@@ -45,6 +46,14 @@ def intermediate_type(source: ModelSource) -> str:
     if kinds <= {"BF16", "F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "F8_E8M0", "F4"} and kinds:
         return "bf16"
     return "f16" if kinds == {"F16"} else "f32"
+
+
+class FallBack(TypedDict):
+    """A tensor that could not have the type that was ``asked``, and the one it ``got``."""
+
+    tensor: str
+    asked: str
+    got: str
 
 
 class Heartbeat:
@@ -66,7 +75,7 @@ class Heartbeat:
         self._progress.update(done, total, f"{message} ({time.monotonic() - self._since:.0f} s)")
 
 
-def convert(job: Job[GGUFOptions], outtype: str) -> Path:
+def run_converter(job: Job[GGUFOptions], outtype: str) -> Path:
     """Run llama.cpp's converter on the source directory and return the intermediate's path.
 
     Raises:
@@ -127,9 +136,9 @@ def _converter_error(failure: NativeFailure, source: ModelSource) -> Quantizatio
     )
 
 
-def quantize(
+def run_quantize(
     job: Job[GGUFOptions], origin: Path, headers: list[GGUFHeader], imatrix: Path | None
-) -> tuple[list[dict[str, str]], dict[str, Any]]:
+) -> tuple[list[FallBack], LoadedModel]:
     """Quantize ``origin`` into the staged output and load the result with llama.cpp.
 
     Returns:
@@ -156,7 +165,7 @@ def quantize(
         loaded = run_worker("quantize", request, on_event=tracker.on_event, on_heartbeat=tracker.heart.beat)
     except NativeFailure as failure:
         raise _quantize_error(failure, job) from failure
-    return tracker.fallbacks(), loaded
+    return tracker.fallbacks(), cast("LoadedModel", loaded)
 
 
 def _quantize_error(failure: NativeFailure, job: Job[GGUFOptions]) -> QuantizationError:
@@ -205,7 +214,7 @@ class _QuantizeTracker:
                 f"tensor {match[1]}/{match[2]} {match[3]}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB",
             )
 
-    def fallbacks(self) -> list[dict[str, str]]:
+    def fallbacks(self) -> list[FallBack]:
         return [
             {"tensor": match[1], "asked": match[4].upper(), "got": match[5].upper()}
             for match in _FALLBACK.finditer("".join(self._log))

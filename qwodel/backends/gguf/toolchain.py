@@ -43,6 +43,7 @@ class Converter:
 
     @property
     def script(self) -> Path:
+        """The converter's own program."""
         return self.root / _SCRIPT
 
     def architectures(self) -> list[str]:

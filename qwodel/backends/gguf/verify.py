@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwodel.backends.gguf.answers import LoadedModel
 from qwodel.exceptions import IntegrityError
 from qwodel.gguf_header import GGML_TYPES, GGUFArray, GGUFHeader, GGUFTensor
+from qwodel.report import TensorQuality, decibels
 from qwodel.untrusted import foreign_errors, kind_of, read_json, read_regular
 
 __all__ = [
@@ -29,7 +31,7 @@ __all__ = [
     "check_tokenizer",
     "decode_rows",
     "measure",
-    "sqnr_db",
+    "quality_of",
 ]
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nCafé, naïve, 你好 🙂 — don't!"
@@ -69,7 +71,7 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def check_tokenization(folder: Path, loaded: Mapping[str, Any]) -> str:
+def check_tokenization(folder: Path, loaded: LoadedModel) -> str:
     """Compare llama.cpp's tokens of :data:`PROBE` with those of the source's tokenizer.
 
     Returns:
@@ -187,14 +189,14 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def measure(source: Iterable[GGUFHeader], output: GGUFHeader) -> dict[str, float]:
-    """Decode sampled rows of every re-typed tensor and return its SQNR in dB by name.
+def measure(source: Iterable[GGUFHeader], output: GGUFHeader) -> list[TensorQuality]:
+    """Decode sampled rows of every re-typed tensor and compare them with the source's.
 
     Raises:
         IntegrityError: a tensor decodes to something that is not its source.
     """
     origin = {tensor.name: (header.path, tensor) for header in source for tensor in header.tensors.values()}
-    found: dict[str, float] = {}
+    measured: list[TensorQuality] = []
     for name, tensor in output.tensors.items():
         path, before = origin[name]
         if tensor.type == before.type or tensor.numel == 0:
@@ -204,14 +206,15 @@ def measure(source: Iterable[GGUFHeader], output: GGUFHeader) -> dict[str, float
         reference = decode_rows(path, before, rows)
         if decoded is None or reference is None:
             continue
-        found[name] = value = sqnr_db(reference, decoded)
+        quality = quality_of(name, reference, decoded)
+        measured.append(quality)
         floor = _floor(tensor.type)
-        if not value >= floor:
+        if not quality.sqnr_db >= floor:
             raise IntegrityError(
-                f"{name} decodes to something else: {value:.1f} dB against its source, and {tensor.type} "
+                f"{name} decodes to something else: {quality.sqnr_db:.1f} dB against its source, and {tensor.type} "
                 f"gives at least {floor:.0f} dB"
             )
-    return found
+    return measured
 
 
 def _floor(kind: str) -> float:
@@ -247,12 +250,10 @@ def decode_rows(
         return None
 
 
-def sqnr_db(reference: npt.NDArray[np.float32], estimate: npt.NDArray[np.float32]) -> float:
-    """Return 10·log₁₀(Σx² / Σ(x−x̂)²); infinite where nothing differs, and minus infinity where x̂ is not finite."""
-    if not np.isfinite(estimate).all():
-        return -math.inf
+def quality_of(
+    name: str, reference: npt.NDArray[np.float32], estimate: npt.NDArray[np.float32]
+) -> TensorQuality:
+    """Measure decoded values against their source's, of the same shape; sums are formed in fp64."""
     noise = float(np.square(reference - estimate, dtype=np.float64).sum())
     signal = float(np.square(reference, dtype=np.float64).sum())
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return TensorQuality(name, decibels(signal, noise), noise / max(reference.size, 1))

@@ -21,7 +21,7 @@ Emit = Callable[[dict[str, Any]], None]
 """Send one event to the parent."""
 
 _TASKS = {
-    "convert": "qwodel.backends.gguf.worker:convert",
+    "convert": "qwodel.backends.gguf.worker:run_converter_script",
     "quantize": "qwodel.backends.gguf.llama:quantize_and_load",
     "imatrix": "qwodel.backends.gguf.imatrix_collect:collect",
     "forward": "qwodel.backends.gguf.self_check:forward",
@@ -29,7 +29,7 @@ _TASKS = {
 }
 
 
-def convert(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def run_converter_script(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Run llama.cpp's converter script as its own ``__main__``; it prints, the parent reads."""
     script = Path(request["script"])
     sys.path.insert(0, str(script.parent))
@@ -94,6 +94,7 @@ def _read_request() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Do the task named on the command line, send its result or its failure to the parent, and end the process."""
     task, descriptor = sys.argv[1], int(sys.argv[2])
     events = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
     request = _read_request()
@@ -105,7 +106,7 @@ def main() -> None:
     module, _, function = _TASKS[task].partition(":")
     try:
         if module == __spec__.name:
-            result = convert(request, emit)
+            result = run_converter_script(request, emit)
         else:
             result = getattr(importlib.import_module(module), function)(request, emit)
     except BaseException as error:  # every failure is the parent's to explain

@@ -19,6 +19,7 @@ class PlainDecoder(RowDecoder):
     data: str
 
     def rows(self, reader: TensorSource, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` in the stored dtype; 8-bit ones in fp32."""
         stored = reader.get_rows(self.data, start, stop)
         return stored if stored.dtype.itemsize > 1 else codes_to_float(stored)
 

@@ -51,11 +51,14 @@ class ReaderSupport:
 class TensorSource(Protocol):
     """Where a decoder reads: a checkpoint, or a mapping of tensors in tests."""
 
-    def get_tensor(self, key: str, /) -> torch.Tensor: ...
+    def get_tensor(self, key: str, /) -> torch.Tensor:
+        """The whole tensor."""
 
-    def get_rows(self, key: str, start: int, stop: int, /) -> torch.Tensor: ...
+    def get_rows(self, key: str, start: int, stop: int, /) -> torch.Tensor:
+        """Rows ``[start, stop)`` along the first dimension."""
 
-    def get_shape(self, key: str, /) -> tuple[int, ...]: ...
+    def get_shape(self, key: str, /) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
 
 
 class RowDecoder:

@@ -42,13 +42,16 @@ class RotatedDecoder(RowDecoder):
 
     @property
     def scaled(self) -> ScaledDecoder:
+        """The codes and scales of the rotated weight."""
         return self.rotated
 
     def basis(self, reader: TensorSource) -> Basis:
+        """The rotation in groups of columns."""
         del reader
         return ConvRot(self.size)
 
     def rows(self, reader: TensorSource, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)``, rotated back: rows do not mix."""
         rows = self.rotated.rows(reader, start, stop)
         return convrot_weight(rows, self.size).to(rows.dtype)
 
@@ -59,28 +62,34 @@ class ConvRotRows(Scaled):
 
     @property
     def rotates(self) -> bool:
+        """Always: readers must rotate inputs."""
         return True
 
     def basis(self, shape: tuple[int, ...]) -> Basis | None:
+        """The rotation in the largest groups that divide the columns of ``[M, N]``; ``None`` where none does."""
         size = convrot_group_size(shape[1])
         return None if size is None else ConvRot(size)
 
     def fitting(self, columns: int) -> Codec:
+        """This format, or ``int8_row`` where no group divides the columns."""
         return self if convrot_group_size(columns) else INT8_ROW
 
     def decoder(self, names: Mapping[str, str], shape: tuple[int, ...], dialect: Dialect) -> RowDecoder:
+        """The scaled rows' decoder, with the rotation undone where there is one."""
         plain = Scaled.decoder(self, names, shape, dialect)
         size = convrot_group_size(shape[1])
         assert isinstance(plain, ScaledDecoder)
         return plain if size is None else RotatedDecoder(plain, size)
 
     def comfyui_description(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """``int8_row``'s description, with ``convrot`` and ``convrot_groupsize``."""
         description = Scaled.comfyui_description(self, shape)
         if size := convrot_group_size(shape[1]):
             description |= {"convrot": True, "convrot_groupsize": size}
         return description
 
     def compressed_tensors(self, activations: Activations) -> ReaderSupport:
+        """Raise ConfigurationError: no reader of that layout rotates inputs."""
         del activations
         raise needs_rotated_inputs(self)
 

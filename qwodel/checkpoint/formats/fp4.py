@@ -77,6 +77,7 @@ class Mxfp4Decoder(RowDecoder):
     scales: str
 
     def rows(self, reader: TensorSource, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` in fp32: 4-bit E2M1 codes times E8M0 scales of 32."""
         return decode_mxfp4(
             reader.get_rows(self.blocks, start, stop), reader.get_rows(self.scales, start, stop)
         )
@@ -101,6 +102,7 @@ class NvFp4Decoder(RowDecoder):
     comfyui: bool = False
 
     def rows(self, reader: TensorSource, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` in fp32: 4-bit E2M1 codes times E4M3 scales of 16 and one fp32 factor."""
         packed = reader.get_rows(self.packed, start, stop)
         factor = reader.get_tensor(self.global_scale).float()
         if self.comfyui:

@@ -49,6 +49,7 @@ class Mxfp8Decoder(ScaledDecoder):
     swizzled: bool
 
     def factors(self, reader: TensorSource) -> torch.Tensor:
+        """All scales as fp32 powers of two, ``[M, N/32]``, swizzled ones put in order."""
         stored = reader.get_tensor(self.scale).view(torch.uint8)
         exponents = unswizzle_scales(stored, *self.groups) if self.swizzled else stored
         return torch.ldexp(
@@ -61,11 +62,13 @@ class Mxfp8(Scaled):
     """Codes as ``weight``, exponents as ``weight_scale``."""
 
     def obstacle(self, shape: tuple[int, ...], dialect: Dialect) -> str | None:
+        """Why not: columns (for ComfyUI rows too) that are no multiple of 32."""
         sides = shape if dialect == "comfyui" else shape[1:]  # ComfyUI pads both, and would load padding
         odd = next((side for side in sides if side % _GROUP), None)
         return None if odd is None else f"{odd} is no multiple of {_GROUP}, as MXFP8 needs"
 
     def parts(self, shape: tuple[int, ...], dialect: Dialect) -> tuple[Part, ...]:
+        """E4M3 codes, and E8M0 scales as bytes: ``[M, N/32]``, or swizzled for ComfyUI."""
         groups = self.granularity.scale_shape(shape)
         stored = swizzled_shape(*groups) if dialect == "comfyui" else groups
         return (
@@ -74,30 +77,37 @@ class Mxfp8(Scaled):
         )
 
     def encode_scales(self, scale: torch.Tensor, dialect: Dialect) -> Mapping[str, torch.Tensor]:
+        """Exponents of the scales, biased by 127, in ComfyUI's order where it reads them."""
         # A power of two is its exponent: frexp gives half of it, times two to one more.
         exponents = (torch.frexp(scale).exponent + (_BIAS - 1)).to(torch.uint8)
         return {"weight_scale": swizzle_scales(exponents) if dialect == "comfyui" else exponents}
 
     def decoder(self, names: Mapping[str, str], shape: tuple[int, ...], dialect: Dialect) -> RowDecoder:
+        """The decoder of codes with E8M0 scales of 32."""
         groups = (shape[0], shape[1] // _GROUP)
         return Mxfp8Decoder(names["weight"], names["weight_scale"], (1, _GROUP), groups, dialect == "comfyui")
 
     def comfyui(self) -> ReaderSupport:
+        """ComfyUI loads it."""
         return ReaderSupport(True, COMFYUI)
 
     def comfyui_description(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """The format's name: its groups are always 32."""
         del shape
         return {"format": _LABEL}
 
     @property
     def legacy_fp8(self) -> str | None:
+        """Why not: those files have one scale a tensor."""
         return "legacy scaled FP8 files have one scale a tensor"
 
     def compressed_tensors(self, activations: Activations) -> ReaderSupport:
+        """transformers loads it."""
         del activations
         return ReaderSupport(True, TRANSFORMERS)
 
     def scheme(self, activations: Activations) -> dict[str, Any]:
+        """Groups of 32 with scales stored as ``torch.uint8``."""
         weights = {
             "num_bits": 8, "type": "float", "symmetric": True, "strategy": "group", "group_size": _GROUP,
             "scale_dtype": "torch.uint8",
@@ -111,6 +121,7 @@ class Mxfp8(Scaled):
 
     @property
     def merges_experts(self) -> bool:
+        """Never."""
         return False
 
 

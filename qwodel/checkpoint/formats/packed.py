@@ -55,6 +55,7 @@ class PackedInt8Decoder(ScaledDecoder):
     """INT8 codes four to an int32, times a dequant scale."""
 
     def codes(self, reader: TensorSource, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` of codes in fp32, unpacked from int32 words of four."""
         return unpack_int8(reader.get_rows(self.data, start, stop)).float()
 
 
@@ -63,12 +64,14 @@ class PackedInt8Rows(Scaled):
     """``int8_row`` with four codes a word; weights only, whatever the other layers' inputs are."""
 
     def obstacle(self, shape: tuple[int, ...], dialect: Dialect) -> str | None:
+        """Why not: columns that are no multiple of 4."""
         del dialect
         if shape[1] % _PER_WORD:
             return f"{shape[1]} inputs are no multiple of {_PER_WORD}, as packing needs"
         return None
 
     def parts(self, shape: tuple[int, ...], dialect: Dialect) -> tuple[Part, ...]:
+        """Words ``[M, N/4]`` of int32, fp32 scales ``[M, 1]``, and the shape as int64 ``[2]``."""
         del dialect
         rows, columns = shape
         return (
@@ -78,23 +81,28 @@ class PackedInt8Rows(Scaled):
         )
 
     def encode_codes(self, codes: torch.Tensor, dialect: Dialect) -> Mapping[str, torch.Tensor]:
+        """Codes four to an int32, the first in the lowest byte."""
         del dialect
         return {"weight_packed": pack_int8(codes)}
 
     def decoder(self, names: Mapping[str, str], shape: tuple[int, ...], dialect: Dialect) -> RowDecoder:
+        """The decoder of packed codes with one scale a row."""
         del dialect
         return PackedInt8Decoder(names["weight_packed"], names["weight_scale"], (1, shape[1]))
 
     def compressed_tensors(self, activations: Activations) -> ReaderSupport:
+        """transformers loads it."""
         del activations
         return ReaderSupport(True, TRANSFORMERS)
 
     def scheme(self, activations: Activations) -> dict[str, Any]:
+        """``pack-quantized``: INT8 rows, inputs as they are."""
         described = Scaled.scheme(self, activations)
         return {**described, "input_activations": None, "format": "pack-quantized"}
 
     @property
     def merges_experts(self) -> bool:
+        """Always: it stands for what transformers merges."""
         return True
 
 

@@ -47,17 +47,21 @@ class QuipDecoder(RowDecoder):
 
     @property
     def scaled(self) -> ScaledDecoder:
+        """The codes and scales of the rotated weight."""
         return self.rotated
 
     @property
     def whole(self) -> bool:
+        """Always: outputs are rotated too."""
         return True
 
     def basis(self, reader: TensorSource) -> Basis:
+        """The rotations of outputs and inputs, from their stored signs."""
         outputs = Rotation.from_signs(reader.get_tensor(self.signs_out))
         return QuipTransform(outputs, Rotation.from_signs(reader.get_tensor(self.signs_in)))
 
     def rows(self, reader: TensorSource, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` of the whole weight rotated back."""
         whole = self.rotated.rows(reader, 0, self.shape[0])
         return self.basis(reader).restore(whole.float())[start:stop].to(whole.dtype)
 
@@ -74,16 +78,20 @@ class QuipRows(Scaled):
 
     @property
     def mixes_rows(self) -> bool:
+        """Always: outputs are rotated too."""
         return True
 
     @property
     def rotates(self) -> bool:
+        """Always: readers must rotate inputs and outputs."""
         return True
 
     def basis(self, shape: tuple[int, ...]) -> QuipTransform:
+        """Rotations of both sides of ``[M, N]``, drawn from the format's seed."""
         return QuipTransform.seeded((shape[0], shape[1]), self.seed)
 
     def parts(self, shape: tuple[int, ...], dialect: Dialect) -> tuple[Part, ...]:
+        """``int8_row``'s parts, and the signs ±1 of each side as int8 constants."""
         basis, signs = self.basis(shape), []
         for side, rotation in (("out", basis.outputs), ("in", basis.inputs)):
             assert rotation is not None
@@ -92,17 +100,21 @@ class QuipRows(Scaled):
         return (*Scaled.parts(self, shape, dialect), *signs)
 
     def decoder(self, names: Mapping[str, str], shape: tuple[int, ...], dialect: Dialect) -> RowDecoder:
+        """The scaled rows' decoder, with both rotations undone."""
         plain = Scaled.decoder(self, names, shape, dialect)
         assert isinstance(plain, ScaledDecoder)
         return QuipDecoder(plain, (shape[0], shape[1]), names["quip_signs_out"], names["quip_signs_in"])
 
     def comfyui(self) -> ReaderSupport:
+        """ComfyUI does not load it; the reason says what does."""
         return ReaderSupport(False, COMFYUI, "its codes are rotated; qwodel.int8.read_weights decodes them")
 
     def comfyui_description(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """``int8_row``'s description under a label of its own."""
         return {**Scaled.comfyui_description(self, shape), "format": _LABEL}
 
     def compressed_tensors(self, activations: Activations) -> ReaderSupport:
+        """Raise ConfigurationError: no reader of that layout rotates inputs."""
         del activations
         raise needs_rotated_inputs(self)
 

@@ -70,9 +70,11 @@ class ScaledDecoder(RowDecoder):
 
     @property
     def scaled(self) -> ScaledDecoder:
+        """Itself."""
         return self
 
     def rows(self, reader: TensorSource, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` in fp32: codes times scales."""
         codes = self.codes(reader, start, stop)
         return codes.mul_(self.spread(self.factors(reader), start, stop, codes.shape))
 
@@ -107,6 +109,7 @@ class Scaled(Codec):
     """Codes as ``weight``, scales as ``weight_scale``."""
 
     def parts(self, shape: tuple[int, ...], dialect: Dialect) -> tuple[Part, ...]:
+        """Codes ``[M, N]`` and their fp32 scales; a tensor's one scale is ``[]`` for ComfyUI, else ``[1]``."""
         assert self.quant_type is not None
         scale = self.granularity.scale_shape(shape)
         if dialect == "compressed-tensors":
@@ -117,19 +120,23 @@ class Scaled(Codec):
         )
 
     def encode_codes(self, codes: torch.Tensor, dialect: Dialect) -> Mapping[str, torch.Tensor]:
+        """The codes as they are, under ``weight``."""
         del dialect
         return {"weight": codes}
 
     def encode_scales(self, scale: torch.Tensor, dialect: Dialect) -> Mapping[str, torch.Tensor]:
+        """The scales as they are, under ``weight_scale``."""
         del dialect
         return {"weight_scale": scale}
 
     def decoder(self, names: Mapping[str, str], shape: tuple[int, ...], dialect: Dialect) -> RowDecoder:
+        """The decoder of codes with fp32 scales of the format's granularity."""
         del dialect
         block = (self.granularity.block_rows or shape[0], self.granularity.block_cols or shape[1])
         return ScaledDecoder(names["weight"], names["weight_scale"], block)
 
     def bound(self, codes: torch.Tensor, scale: torch.Tensor, slack: float = 0.0) -> torch.Tensor:
+        """Half a step: scale/2 of an integer; for FP8 half the distance between the code's neighbours."""
         quant_type = self.quant_type
         assert quant_type is not None
         # What fp32 division and product add grows with the code.
@@ -156,10 +163,12 @@ class Scaled(Codec):
         return found
 
     def comfyui(self) -> ReaderSupport:
+        """Whether ComfyUI loads it as distributed, or with additional nodes only."""
         loads = self._comfyui()[1]
         return ReaderSupport(loads, COMFYUI, "" if loads else _NEEDS_NODES)
 
     def comfyui_description(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """``format``, with ``group_size`` of blocks and ``per_row`` of INT8 rows."""
         description: dict[str, Any] = {"format": self._comfyui()[0]}
         if self.granularity.is_block:
             description["group_size"] = self.granularity.block_cols
@@ -169,11 +178,17 @@ class Scaled(Codec):
 
     @property
     def legacy_fp8(self) -> str | None:
+        """Why not: other codes than E4M3, or more than one scale."""
         if self.quant_type != FP8_E4M3:
             return "legacy scaled files are read as FP8 E4M3 only"
         return None if self.granularity == TENSOR else "legacy scaled FP8 files have one scale a tensor"
 
     def compressed_tensors(self, activations: Activations) -> ReaderSupport:
+        """Whether vLLM and transformers load it.
+
+        Raises:
+            ConfigurationError: E5M2 codes, or inputs that no scheme rounds so.
+        """
         granularity = self.granularity
         if self.quant_type == FP8_E5M2:
             raise ConfigurationError(
@@ -190,6 +205,7 @@ class Scaled(Codec):
         return ReaderSupport(not reason, TRANSFORMERS, reason)
 
     def scheme(self, activations: Activations) -> dict[str, Any]:
+        """8-bit weights and inputs of this granularity, symmetric."""
         kind = "int" if self.quant_type == INT8 else "float"
         granularity = self.granularity
         weights: dict[str, Any] = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": False}
@@ -219,6 +235,7 @@ class Scaled(Codec):
 
     @property
     def merges_experts(self) -> bool:
+        """Whether it is FP8 E4M3 with tensor or row scales."""
         return self.quant_type == FP8_E4M3 and not self.granularity.is_block
 
 

@@ -56,17 +56,25 @@ class ComfyUILayout:
 
     @property
     def name(self) -> str:
+        """``comfyui``."""
         return "comfyui"
 
     @property
     def single_file(self) -> bool:
+        """Always: ComfyUI loads a module from one file."""
         return True
 
     @property
     def needs_config(self) -> bool:
+        """Never: layers describe themselves."""
         return False
 
     def support(self, wanted: Codec) -> ReaderSupport:
+        """Whether ComfyUI loads ``wanted``.
+
+        Raises:
+            ConfigurationError: legacy files cannot hold it.
+        """
         found = wanted.comfyui()
         if not self.legacy or not wanted.quantizes:
             return found
@@ -79,13 +87,16 @@ class ComfyUILayout:
         return ReaderSupport(False, found.reader, reason) if reason else found
 
     def obstacle(self, source: SourceTensor, wanted: Codec) -> str | None:
+        """Why this weight's shape cannot be had in ``wanted``; ``None`` where it can."""
         return wanted.obstacle(source.shape, "comfyui")
 
     def storage(self, source: SourceTensor, wanted: Codec) -> Storage:
+        """``wanted`` itself, in ComfyUI's dialect."""
         del source
         return Storage(wanted, "comfyui")
 
     def outputs(self, source: SourceTensor, wanted: Codec) -> tuple[OutputTensor, ...]:
+        """The codec's parts, an input scale where asked for, and ``.comfy_quant``; legacy files name scales otherwise."""
         layer = source.name.removesuffix(".weight")
         tensors = list(self.storage(source, wanted).outputs(layer, source.shape))
         if self.input_scale:
@@ -111,6 +122,7 @@ class ComfyUILayout:
         return description
 
     def extra_tensors(self, tensors: Sequence[TensorPlan]) -> tuple[OutputTensor, ...]:
+        """The marker ``scaled_fp8`` of legacy files; none else."""
         if not self.legacy or not any(each.format and each.format.quantizes for each in tensors):
             return ()
         # Two elements ask for full-precision matrix products, none for FP8 ones.
@@ -118,6 +130,7 @@ class ComfyUILayout:
         return (OutputTensor("scaled_fp8", "F8_E4M3", (count,), Role.CONSTANT, bytes(count)),)
 
     def metadata(self, tensors: Sequence[TensorPlan], source: dict[str, str]) -> dict[str, str]:
+        """The source's metadata, with a description of each layer where asked for."""
         kept = {key: value for key, value in source.items() if key != "_quantization_metadata"}
         if self.header_metadata:
             layers = {
@@ -131,6 +144,7 @@ class ComfyUILayout:
     def documents(
         self, config: Mapping[str, Any], tensors: Sequence[TensorPlan], files: Sequence[FilePlan]
     ) -> dict[str, bytes]:
+        """None."""
         del config, tensors, files
         return {}
 

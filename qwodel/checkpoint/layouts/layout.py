@@ -18,7 +18,8 @@ class Layout(Protocol):
     """How quantized weights are named and described for one kind of reader."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What users write to choose it."""
 
     @property
     def single_file(self) -> bool:

@@ -59,20 +59,29 @@ class TransformersLayout:
 
     @property
     def name(self) -> str:
+        """``transformers``."""
         return "transformers"
 
     @property
     def single_file(self) -> bool:
+        """Never: files are sharded."""
         return False
 
     @property
     def needs_config(self) -> bool:
+        """Always: it holds ``quantization_config``."""
         return True
 
     def support(self, wanted: Codec) -> ReaderSupport:
+        """Whether vLLM and transformers load ``wanted`` with inputs rounded as asked.
+
+        Raises:
+            ConfigurationError: compressed-tensors has no words for it.
+        """
         return wanted.compressed_tensors(self.activations)
 
     def obstacle(self, source: SourceTensor, wanted: Codec) -> str | None:
+        """Why this weight's shape, or its being an expert, keeps it out of ``wanted``; ``None`` where nothing does."""
         if not wanted.quantizes:
             return None
         stored = self.storage(source, wanted).codec
@@ -98,10 +107,12 @@ class TransformersLayout:
         return None
 
     def storage(self, source: SourceTensor, wanted: Codec) -> Storage:
+        """``wanted``, or packed words for experts in INT8 rows where they are packed."""
         packs = self.packed_experts and wanted == INT8_ROW and _EXPERT.search(source.name)
         return Storage(PACKED_INT8 if packs else wanted, "compressed-tensors")
 
     def outputs(self, source: SourceTensor, wanted: Codec) -> tuple[OutputTensor, ...]:
+        """The codec's parts, and fp32 ``input_scale`` ``[1]`` where inputs have a static one."""
         layer, storage = source.name.removesuffix(".weight"), self.storage(source, wanted)
         outputs = storage.outputs(layer, source.shape)
         if self.activations != "static" or storage.codec is PACKED_INT8:
@@ -110,10 +121,12 @@ class TransformersLayout:
         return (*outputs, OutputTensor(f"{layer}.input_scale", "F32", (1,), Role.CONSTANT, payload))
 
     def extra_tensors(self, tensors: Sequence[TensorPlan]) -> tuple[OutputTensor, ...]:
+        """None."""
         del tensors
         return ()
 
     def metadata(self, tensors: Sequence[TensorPlan], source: dict[str, str]) -> dict[str, str]:
+        """The source's metadata, and ``format: pt``, which transformers asks for."""
         del tensors
         kept = {key: value for key, value in source.items() if key != "_quantization_metadata"}
         return {"format": "pt", **kept}
@@ -121,6 +134,7 @@ class TransformersLayout:
     def documents(
         self, config: Mapping[str, Any], tensors: Sequence[TensorPlan], files: Sequence[FilePlan]
     ) -> dict[str, bytes]:
+        """``config.json`` with the quantization described, and the index of several files."""
         documents = {"config.json": config_bytes(self.config(config, tensors))}
         if len(files) > 1:
             documents["model.safetensors.index.json"] = index_bytes(files)

@@ -20,7 +20,7 @@ from qwodel.algorithms.gptq import BlockSolver
 from qwodel.algorithms.hadamard import Basis
 from qwodel.algorithms.learned_rounding import RoundingOptions
 from qwodel.algorithms.quant_types import TENSOR, Granularity, QuantType
-from qwodel.algorithms.scales import Quantized, quantize, search_scale
+from qwodel.algorithms.scales import Quantized, quantize_matrix, search_scale
 from qwodel.algorithms.weight_rounding import round_weight
 from qwodel.checkpoint.rounding.code_store import CodeStore
 from qwodel.checkpoint.rounding.statistics import StatisticsFile
@@ -28,10 +28,10 @@ from qwodel.checkpoint.rounding.statistics import StatisticsFile
 __all__ = [
     "FromStatistics",
     "FromStore",
+    "LayerCodes",
     "LayerWeight",
     "Learned",
     "Nearest",
-    "Rounded",
     "Rounding",
     "ScaleSearch",
     "default_rounding",
@@ -39,7 +39,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rounded:
+class LayerCodes:
     """A layer's codes and, from methods that have more to say, how they were found."""
 
     codes: Quantized
@@ -63,9 +63,9 @@ class LayerWeight:
     granularity: Granularity
     basis: Basis | None = None
 
-    def nearest(self, scale: torch.Tensor | None = None) -> Rounded:
+    def nearest(self, scale: torch.Tensor | None = None) -> LayerCodes:
         """The nearest codes, by ``scale`` or the absolute maximum."""
-        return Rounded(quantize(self.weight, self.quant_type, self.granularity, scale))
+        return LayerCodes(quantize_matrix(self.weight, self.quant_type, self.granularity, scale))
 
 
 class Rounding:
@@ -108,7 +108,7 @@ class Rounding:
         del folder
         return self
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> LayerCodes:
         """Quantize a layer's weight, all of it or, where rows are apart, some of its rows."""
         raise NotImplementedError
 
@@ -121,13 +121,16 @@ class Nearest(Rounding):
 
     @property
     def is_nearest(self) -> bool:
+        """Always."""
         return True
 
     def rows_apart(self, granularity: Granularity) -> bool:
+        """Always."""
         del granularity
         return True
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> LayerCodes:
+        """The nearest codes by absmax scales."""
         return given.nearest()
 
 
@@ -138,9 +141,11 @@ class ScaleSearch(Rounding):
     name: str = field(default="search", init=False)
 
     def rows_apart(self, granularity: Granularity) -> bool:
+        """Where rows have scales of their own: one scale for all takes all rows."""
         return granularity != TENSOR
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> LayerCodes:
+        """The nearest codes by the scale of least squared error."""
         return given.nearest(search_scale(given.weight, given.quant_type, given.granularity))
 
 
@@ -155,9 +160,10 @@ class Learned(Rounding):
     options: RoundingOptions = field(default_factory=RoundingOptions)
     name: str = field(default="learned", init=False)
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> LayerCodes:
+        """Codes learned under the weight's own strongest directions."""
         learned = round_weight(given.weight, given.quant_type, given.granularity, self.options)
-        return Rounded(learned.quantized)
+        return LayerCodes(learned.quantized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +184,15 @@ class FromStatistics(Rounding):
 
     @property
     def uses_data(self) -> bool:
+        """Always."""
         return True
 
     def needs(self, shape: tuple[int, ...]) -> Mapping[str, int]:
+        """The whole weight, and matrices of its N inputs."""
         return {"hadamard": math.prod(shape), "hessian": shape[1], "ldlq": shape[1]}
 
-    def round(self, given: LayerWeight) -> Rounded:
+    def round(self, given: LayerWeight) -> LayerCodes:
+        """Codes of least error under the layer's statistics, turned into the codes' basis."""
         file = self.path.stat()
         statistics = _statistics(self.path, file.st_mtime_ns, file.st_size).read(given.layer)
         if statistics is not None and statistics.gram is not None:
@@ -197,7 +206,7 @@ class FromStatistics(Rounding):
         done = round_together(
             [given.weight], given.quant_type, given.granularity, statistics, self.options, solver=solver
         )[0]
-        return Rounded(done.codes, done.report)
+        return LayerCodes(done.codes, done.report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,17 +223,21 @@ class FromStore(Rounding):
 
     @property
     def uses_data(self) -> bool:
+        """Always."""
         return True
 
     @property
     def waits_for_codes(self) -> bool:
+        """Always."""
         return True
 
     def with_codes_in(self, folder: Path) -> Rounding:
+        """The same method, reading ``folder``."""
         return replace(self, folder=folder)
 
-    def round(self, given: LayerWeight) -> Rounded:
-        return Rounded(_store(self.folder).get(given.layer))
+    def round(self, given: LayerWeight) -> LayerCodes:
+        """The codes found for the layer; the weight is not looked at."""
+        return LayerCodes(_store(self.folder).get(given.layer))
 
 
 @lru_cache(maxsize=4)

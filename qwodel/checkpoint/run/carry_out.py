@@ -11,13 +11,14 @@ import torch
 
 from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.plan.plan import Plan
-from qwodel.checkpoint.run.convert import convert
+from qwodel.checkpoint.run.convert import convert_checkpoint
 from qwodel.checkpoint.run.device_executor import executor_for, make_executor
-from qwodel.checkpoint.run.verify import LayerQuality, verify
+from qwodel.checkpoint.run.verify import verify
 from qwodel.checkpoint.tensors import Action
 from qwodel.devices import StreamingOptions
 from qwodel.output import require_space
 from qwodel.progress import Progress
+from qwodel.report import TensorQuality
 
 __all__ = ["CarriedOut", "carry_out"]
 
@@ -35,11 +36,11 @@ class CarriedOut:
     """
 
     plan: Plan
-    quality: tuple[LayerQuality, ...]
+    quality: tuple[TensorQuality, ...]
     rounding: Mapping[str, RoundingReport]
     fell_back: tuple[str, ...]
 
-    def worst_first(self) -> list[LayerQuality]:
+    def worst_first(self) -> list[TensorQuality]:
         """The layers by rising SQNR."""
         return sorted(self.quality, key=lambda layer: layer.sqnr_db)
 
@@ -66,11 +67,22 @@ class CarriedOut:
             },
             "sqnr_db": {layer.name: layer.reported_db for layer in self.quality},
             "worst_layers": [layer.name for layer in self.worst_first()[:_WORST_LAYERS]],
-            "quality": [layer.as_dict() for layer in self.quality],
+            "quality": [_described(layer) for layer in self.quality],
             "rounding": {layer: asdict(report) for layer, report in self.rounding.items()},
             "fell_back_to_cpu": list(self.fell_back),
             "warnings": list(plan.warnings),
         }
+
+
+def _described(layer: TensorQuality) -> dict[str, str | float | None]:
+    return {
+        "name": layer.name,
+        "format": layer.format,
+        "rounding": layer.rounding,
+        "sqnr_db": layer.reported_db,
+        "mse": layer.mse,
+        "max_error": layer.max_error,
+    }
 
 
 def carry_out(
@@ -106,7 +118,7 @@ def carry_out(
     if not plan.layout.single_file:
         destination.mkdir()
     executor = executor_for(device or torch.device("cpu"), workers, streaming)
-    conversion = convert(plan, destination, executor=executor, progress=progress)
+    conversion = convert_checkpoint(plan, destination, executor=executor, progress=progress)
     written()
     quality = verify(conversion, executor=make_executor(workers), progress=progress)
     reports = {**(rounding or {}), **conversion.reports}

@@ -18,7 +18,7 @@ from qwodel.exceptions import IntegrityError
 from qwodel.progress import Progress
 from qwodel.side_files import copy_side_files
 
-__all__ = ["Conversion", "convert"]
+__all__ = ["Conversion", "convert_checkpoint"]
 
 _SYNC_BYTES = 64 << 20
 
@@ -44,7 +44,7 @@ class Conversion:
     fell_back: tuple[str, ...] = ()
 
 
-def convert(
+def convert_checkpoint(
     plan: Plan, destination: Path, *, executor: Executor | None = None, progress: Progress | None = None
 ) -> Conversion:
     """Write what ``plan`` describes.

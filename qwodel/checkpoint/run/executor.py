@@ -37,7 +37,8 @@ _KEPT_BYTES = 16 << 20
 class Worker(AbstractContextManager[Any], Protocol[TaskT_contra, ResultT_co]):
     """Does tasks one after another; opened once in each process."""
 
-    def __call__(self, task: TaskT_contra, /) -> ResultT_co: ...
+    def __call__(self, task: TaskT_contra, /) -> ResultT_co:
+        """Do one task."""
 
 
 class Executor(Protocol):
@@ -48,7 +49,8 @@ class Executor(Protocol):
 
     def run(
         self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
-    ) -> Generator[ResultT, None, None]: ...
+    ) -> Generator[ResultT, None, None]:
+        """Yield the results of all tasks; each process opens one worker from ``factory``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class SerialExecutor:
     def run(
         self, factory: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT]
     ) -> Generator[ResultT, None, None]:
+        """Yield results in the order of the tasks."""
         with factory() as worker:
             for task in tasks:
                 yield worker(task)

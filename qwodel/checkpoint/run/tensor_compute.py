@@ -19,7 +19,7 @@ from qwodel.algorithms.scales import absmax_scale, nearest_codes
 from qwodel.checkpoint.files.dtypes import torch_dtype
 from qwodel.checkpoint.files.slabs import row_slabs
 from qwodel.checkpoint.formats.codec import Codec
-from qwodel.checkpoint.rounding.methods import LayerWeight, Rounded
+from qwodel.checkpoint.rounding.methods import LayerCodes, LayerWeight
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.exceptions import ConversionError, ValidationError
 
@@ -36,6 +36,7 @@ class Write:
 
     @property
     def nbytes(self) -> int:
+        """Bytes to write."""
         return len(self.data) if isinstance(self.data, bytes) else self.data.nbytes
 
 
@@ -199,7 +200,7 @@ class _Places:
             self._filled[local] += data.nbytes
 
 
-def _round_rows(plan: TensorPlan, wanted: Codec, rows: torch.Tensor) -> Rounded:
+def _round_rows(plan: TensorPlan, wanted: Codec, rows: torch.Tensor) -> LayerCodes:
     assert wanted.quant_type is not None
     assert plan.rounding is not None
     layer = plan.name.removesuffix(".weight")

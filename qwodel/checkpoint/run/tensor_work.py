@@ -56,6 +56,7 @@ class WorkerFactory:
     paths: Mapping[str, Path]
 
     def __call__(self) -> TensorWorker:
+        """Open a worker, with files of its own."""
         return TensorWorker(self)
 
 
@@ -151,7 +152,7 @@ def _naming(plan: TensorPlan) -> Iterator[None]:
     except QuantizationError as failure:
         if str(failure).startswith(plan.name):  # the stage before has said so
             raise
-        raise type(failure)(f"{plan.name}: {failure}", hint=failure.hint) from failure
+        raise failure.within(plan.name) from failure
     except (RuntimeError, MemoryError) as failure:
         if what := exhausted(failure):
             raise ResourceError(f"{plan.name}: {what}: {failure}") from failure

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,8 +27,9 @@ from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.exceptions import IntegrityError
 from qwodel.model_config import read_config
 from qwodel.progress import Progress
+from qwodel.report import TensorQuality, decibels
 
-__all__ = ["LayerQuality", "verify"]
+__all__ = ["verify"]
 
 _COMPARE_BYTES = 8 << 20
 _MEASURE_ELEMENTS = 1 << 17  # a slab's temporaries stay in a core's cache
@@ -36,36 +37,6 @@ _AGREEMENT_DB = 0.01
 _SUBNORMAL = 1e-44  # fp32 has steps of 1.4e-45 there, however small the scale
 _MERGE_SLACK = 1e-5
 _SMALL = 1e-25  # below, squares may have vanished in fp32
-
-
-@dataclass(frozen=True, slots=True)
-class LayerQuality:
-    """How well one saved weight stands for its source.
-
-    Attributes:
-        name: the weight.
-        format: number type and kind of scale.
-        rounding: the method that chose its codes.
-        sqnr_db: 10·log₁₀(‖W‖²/‖W−Ŵ‖²); infinite when equal.
-        mse: mean of (W−Ŵ)².
-        max_error: the largest |W−Ŵ|.
-    """
-
-    name: str
-    format: str
-    rounding: str
-    sqnr_db: float
-    mse: float
-    max_error: float
-
-    @property
-    def reported_db(self) -> float | None:
-        """The SQNR with two decimals; ``None`` where it is infinite, as of a weight of zeros: JSON has no such number."""
-        return round(self.sqnr_db, 2) if math.isfinite(self.sqnr_db) else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for a manifest."""
-        return {**asdict(self), "sqnr_db": self.reported_db}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +48,12 @@ class _Check:
 @dataclass(frozen=True, slots=True)
 class _Checked:
     source_bytes: int
-    quality: LayerQuality | None
+    quality: TensorQuality | None
 
 
 def verify(
     conversion: Conversion, *, executor: Executor | None = None, progress: Progress | None = None
-) -> tuple[LayerQuality, ...]:
+) -> tuple[TensorQuality, ...]:
     """Read a conversion back and measure every quantized layer; copies must be equal byte for byte.
 
     Returns:
@@ -166,7 +137,7 @@ class _Verifier:
         size = sum(self._source.entry(part).nbytes for part in plan.source.stored)
         return _Checked(size, quality)
 
-    def _measure(self, check: _Check) -> LayerQuality:
+    def _measure(self, check: _Check) -> TensorQuality:
         plan = check.plan
         decoded = self._decoded.get(plan.name)
         if decoded is None or decoded.decoder is None or decoded.decoder.scaled is None:
@@ -193,13 +164,14 @@ class _Verifier:
             worst = max(worst, float(peaks.amax() if turned is None else turned.abs().amax()))
             if nearest:
                 _check_bound(plan, codes, scale, error, peaks)
-        sqnr = _decibels(signal, noise)
+        if not math.isfinite(noise):
+            raise IntegrityError(f"{plan.name!r} decodes to numbers that are not finite")
+        sqnr = decibels(signal, noise)
         if not nearest:
             _check_reported(check, signal, sqnr)
         rounding = plan.rounding.name if plan.rounding else ""
-        return LayerQuality(
-            plan.name, plan.becomes, rounding, sqnr, noise / math.prod(plan.source.shape), worst
-        )
+        mse = noise / math.prod(plan.source.shape)
+        return TensorQuality(plan.name, sqnr, mse, max_error=worst, format=plan.becomes, rounding=rounding)
 
     def _compare_cast(self, plan: TensorPlan) -> None:
         name = plan.outputs[0].name
@@ -258,7 +230,7 @@ def _check_reported(check: _Check, signal: float, sqnr: float) -> None:
     name = check.plan.name
     if check.squared_error is None:
         raise IntegrityError(f"nobody reported how {name!r} was rounded")
-    reported = _decibels(signal, check.squared_error)
+    reported = decibels(signal, check.squared_error)
     if not math.isclose(sqnr, reported, abs_tol=_AGREEMENT_DB):
         raise IntegrityError(f"{name!r} decodes to {sqnr:.2f} dB, but was rounded to {reported:.2f} dB")
 
@@ -275,7 +247,3 @@ def _square_sum(x: torch.Tensor) -> float:
         return total
     flat = flat.double()
     return float(torch.dot(flat, flat))
-
-
-def _decibels(signal: float, noise: float) -> float:
-    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwodel.modeling.patterns.operations import Operation, Value
+from qwodel.modeling.patterns.operations import GraphOperation, Value
 
 __all__ = ["activation_name", "carried", "gated_name", "is_identity", "is_move", "is_split"]
 
@@ -31,22 +31,22 @@ _SHAPED_GELU = ("tanh", "erf")  # gelu written out, exactly or by its approximat
 _IN_SCALAR_CHAINS = _ELEMENTWISE | _IDENTITY | {"sigmoid", *_SHAPED_GELU}
 
 
-def is_identity(operation: Operation) -> bool:
+def is_identity(operation: GraphOperation) -> bool:
     """Tell whether it gives the values that it reads: casts, copies, dropout."""
     return operation.name in _IDENTITY
 
 
-def is_split(operation: Operation) -> bool:
+def is_split(operation: GraphOperation) -> bool:
     """Tell whether it cuts a tensor into several."""
     return operation.name in _SPLIT
 
 
-def is_move(operation: Operation) -> bool:
+def is_move(operation: GraphOperation) -> bool:
     """Tell whether it only moves values, or picks some: views, permutations, slices, splits."""
     return operation.name in _MOVE and len(operation.inputs()) == 1
 
 
-def carried(operation: Operation) -> Value | None:
+def carried(operation: GraphOperation) -> Value | None:
     """Return the value whose channels an elementwise operation leaves where they are.
 
     Its other operands are numbers or depend on parameters alone. ``None`` for anything else.
@@ -57,7 +57,7 @@ def carried(operation: Operation) -> Value | None:
     return moving[0] if len(moving) == 1 and len(operation.outputs) == 1 else None
 
 
-def activation_name(operation: Operation) -> str | None:
+def activation_name(operation: GraphOperation) -> str | None:
     """Return the activation function's name, whether called as one or written as ``x·sigmoid(x)``."""
     if operation.name in _ACTIVATIONS:
         return operation.name
@@ -81,9 +81,9 @@ def gated_name(activation: str) -> str:
     return _GATED.get(activation, f"{activation} gate")
 
 
-def _scalar_chain(value: Value) -> list[Operation]:
+def _scalar_chain(value: Value) -> list[GraphOperation]:
     """Return the elementwise operations of one operand that end in ``value``, latest first."""
-    chain: list[Operation] = []
+    chain: list[GraphOperation] = []
     while value.producer is not None and len(chain) < 4:
         moving = [each for each in value.producer.inputs() if not each.constant]
         if len(moving) != 1 or value.producer.name not in (

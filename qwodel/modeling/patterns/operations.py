@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Graph", "Operation", "Value", "values_in"]
+__all__ = ["Graph", "GraphOperation", "Value", "values_in"]
 
 
 @dataclass(eq=False, slots=True)
@@ -19,13 +19,13 @@ class Value:
     """
 
     shape: tuple[int, ...]
-    producer: Operation | None = None
-    readers: list[Operation] = field(default_factory=list)
+    producer: GraphOperation | None = None
+    readers: list[GraphOperation] = field(default_factory=list)
     constant: bool = False
 
 
 @dataclass(eq=False, slots=True)
-class Operation:
+class GraphOperation:
     """One call: ``name`` without namespace, overload and underscores; values stand where tensors stood.
 
     ``layer`` names the linear layer or convolution that made the call.
@@ -60,7 +60,7 @@ class Operation:
 class Graph:
     """Operations in the order in which they ran."""
 
-    operations: list[Operation] = field(default_factory=list)
+    operations: list[GraphOperation] = field(default_factory=list)
 
     def add(
         self,
@@ -72,7 +72,7 @@ class Graph:
         layer: str | None = None,
     ) -> list[Value]:
         """Append an operation and return its outputs."""
-        operation = Operation(name, call, args, kwargs, layer=layer)
+        operation = GraphOperation(name, call, args, kwargs, layer=layer)
         inputs = operation.inputs()
         constant = bool(inputs) and all(value.constant for value in inputs)
         operation.outputs = [Value(shape, operation, constant=constant) for shape in shapes]

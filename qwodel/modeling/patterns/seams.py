@@ -22,7 +22,7 @@ from qwodel.modeling.patterns.operation_kinds import (
     is_move,
     is_split,
 )
-from qwodel.modeling.patterns.operations import Operation, Value
+from qwodel.modeling.patterns.operations import GraphOperation, Value
 
 __all__ = ["input_findings", "output_findings"]
 
@@ -30,7 +30,7 @@ _SLICES = ("slice", "getitem", "narrow", "split", "split_with_sizes", "unsafe_sp
 _RESHAPES = ("reshape", "view", "unsafe_view", "flatten")
 
 
-def output_findings(linear: Operation) -> Iterator[Finding]:
+def output_findings(linear: GraphOperation) -> Iterator[Finding]:
     """Yield how the outputs of a linear layer are cut: a seam is where no reader reads across."""
     output = linear.outputs[0]
     channels = torch.arange(output.shape[-1])
@@ -46,7 +46,7 @@ def output_findings(linear: Operation) -> Iterator[Finding]:
             yield Finding(str(linear.layer), pattern, sizes, chosen[0].source)
 
 
-def input_findings(linear: Operation) -> Iterator[Finding]:
+def input_findings(linear: GraphOperation) -> Iterator[Finding]:
     """Yield what the inputs of a linear layer are joined from, and the activation that gives them."""
     value = linear.inputs()[0]
     joined: set[tuple[int, ...]] = set()
@@ -91,7 +91,7 @@ def _pieces(value: Value, channels: torch.Tensor) -> list[_Piece] | None:
     return found or None
 
 
-def _pieces_of(reader: Operation, value: Value, channels: torch.Tensor) -> list[_Piece] | None:
+def _pieces_of(reader: GraphOperation, value: Value, channels: torch.Tensor) -> list[_Piece] | None:
     if reader.name == "glu":
         halves = channels.chunk(2, _dim_of_glu(reader))
         return [_Piece(_unique(half), SegPattern.LINEAR2CHUNK, "glu") for half in halves]
@@ -115,11 +115,11 @@ def _pieces_of(reader: Operation, value: Value, channels: torch.Tensor) -> list[
     return found
 
 
-def _cut(operation: Operation) -> SegPattern:
+def _cut(operation: GraphOperation) -> SegPattern:
     return SegPattern.LINEAR2SPLIT if operation.name in _SLICES else SegPattern.LINEAR2CHUNK
 
 
-def _dim_of_glu(operation: Operation) -> int:
+def _dim_of_glu(operation: GraphOperation) -> int:
     dim = operation.args[1] if len(operation.args) > 1 else operation.kwargs.get("dim", -1)
     return int(getattr(operation.call, "dim", dim))
 
@@ -153,7 +153,7 @@ def _joins(value: Value) -> Iterator[_Join]:
         yield from _joins_of_product(operation, value)
 
 
-def _joins_of_cat(operation: Operation, value: Value) -> Iterator[_Join]:
+def _joins_of_cat(operation: GraphOperation, value: Value) -> Iterator[_Join]:
     dim = _dim(operation, value)
     parts = operation.inputs()
     sizes = torch.tensor([part.shape[dim] for part in parts])
@@ -171,7 +171,7 @@ def _joins_of_cat(operation: Operation, value: Value) -> Iterator[_Join]:
             yield _Join(join.pattern, join.source, _spread(spread, value.shape, dim))
 
 
-def _joins_of_move(operation: Operation, value: Value) -> Iterator[_Join]:
+def _joins_of_move(operation: GraphOperation, value: Value) -> Iterator[_Join]:
     source = operation.inputs()[0]
     place = operation.output_of(value)
     stacked = False
@@ -185,7 +185,7 @@ def _joins_of_move(operation: Operation, value: Value) -> Iterator[_Join]:
         yield _Join(SegPattern.RESHAPE2LINEAR, what, _spread(labels, value.shape, len(value.shape) - 1))
 
 
-def _joins_of_product(operation: Operation, value: Value) -> Iterator[_Join]:
+def _joins_of_product(operation: GraphOperation, value: Value) -> Iterator[_Join]:
     for factor in operation.inputs():
         if factor.shape != value.shape:
             continue
@@ -213,13 +213,13 @@ def _activation(name: str, value: Value) -> _Join:
     return _Join(SegPattern.ACTIVATION2LINEAR, name, torch.ones(()).long().expand(value.shape))
 
 
-def _dim(operation: Operation, value: Value) -> int:
+def _dim(operation: GraphOperation, value: Value) -> int:
     named = operation.kwargs.get("dim", operation.kwargs.get("axis"))
     dim = named if named is not None else (operation.args[1] if len(operation.args) > 1 else 0)
     return int(dim) % len(value.shape)
 
 
-def _describe(operation: Operation) -> str:
+def _describe(operation: GraphOperation) -> str:
     if operation.name in ("cat", "concat", "concatenate", "stack"):
         return f"{operation.name} of {len(operation.inputs())}"
     count = len(operation.outputs)

@@ -19,6 +19,7 @@ class BlockwiseAffiner(Affiner):
 
     @property
     def solver(self) -> BlockwiseSolver:
+        """Its settings, with their own type."""
         return cast("BlockwiseSolver", self._solver)
 
     def _sums(self, real: torch.Tensor, quant: torch.Tensor) -> Moments:
@@ -46,6 +47,7 @@ class PTQDAffiner(Affiner):
 
     @property
     def solver(self) -> PTQDSolver:
+        """Its settings, with their own type."""
         return cast("PTQDSolver", self._solver)
 
     def _sums(self, real: torch.Tensor, quant: torch.Tensor) -> Moments:
@@ -63,6 +65,7 @@ class TACAffiner(Affiner):
 
     @property
     def solver(self) -> TACSolver:
+        """Its settings, with their own type."""
         return cast("TACSolver", self._solver)
 
     def _sums(self, real: torch.Tensor, quant: torch.Tensor) -> Moments:

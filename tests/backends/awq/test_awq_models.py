@@ -90,9 +90,9 @@ def test_experts_are_quantized_each_and_routers_are_not(tmp_path: Path) -> None:
     assert len(info["expert_tokens"]) == 2 * 4 * 3
     assert len(set(info["expert_tokens"].values())) == 1  # all experts see all tokens
     assert any(name.endswith("mlp.gate") or "lm_head" in name for name in config["ignore"])
-    from qwodel.backends.awq.verify import stored_tensors
+    from qwodel.backends.awq.verify import tensor_entries
 
-    stored = stored_tensors(path)
+    stored = tensor_entries(path)
     assert "model.layers.0.mlp.gate.weight" in stored
     assert "model.layers.1.mlp.experts.3.down_proj.weight_packed" in stored
 

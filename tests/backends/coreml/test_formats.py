@@ -9,9 +9,10 @@ import pytest
 from qwodel import Quantizer
 from qwodel.backends.coreml.dimensions import check_options, text_dimensions
 from qwodel.backends.coreml.formats import resolve
-from qwodel.backends.coreml.models import Kind, classify, context_length
+from qwodel.backends.coreml.models import ModelKind, classify
 from qwodel.backends.coreml.options import CoreMLOptions
 from qwodel.exceptions import ConfigurationError, ValidationError
+from qwodel.model_config import context_length
 
 
 def test_the_formats_of_the_specification_are_there() -> None:
@@ -111,15 +112,15 @@ def test_roberta_keeps_positions_for_padding() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (Kind.ENCODER, {"stateful": True}, "stateful means nothing to an encoder"),
-        (Kind.DECODER, {"token_type_ids": True}, "token_type_ids means nothing"),
-        (Kind.VISION, {"seq_length": 8, "shapes": "fixed"}, "seq_length, shapes mean nothing"),
-        (Kind.DECODER, {"example_inputs": "x.pt"}, "example_inputs means nothing"),
-        (Kind.DECODER, {"stateful": True, "shapes": "fixed"}, "takes any number of tokens"),
+        (ModelKind.ENCODER, {"stateful": True}, "stateful means nothing to an encoder"),
+        (ModelKind.DECODER, {"token_type_ids": True}, "token_type_ids means nothing"),
+        (ModelKind.VISION, {"seq_length": 8, "shapes": "fixed"}, "seq_length, shapes mean nothing"),
+        (ModelKind.DECODER, {"example_inputs": "x.pt"}, "example_inputs means nothing"),
+        (ModelKind.DECODER, {"stateful": True, "shapes": "fixed"}, "takes any number of tokens"),
     ],
 )
 def test_options_of_another_kind_of_model_are_refused(
-    kind: Kind, options: dict[str, Any], message: str
+    kind: ModelKind, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         check_options(kind, CoreMLOptions(**options))
@@ -128,15 +129,15 @@ def test_options_of_another_kind_of_model_are_refused(
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, Kind.DECODER),
-        ({"architectures": ["Qwen3ForCausalLM"]}, Kind.DECODER),
-        ({"architectures": ["BertModel"], "model_type": "bert"}, Kind.ENCODER),
-        ({"architectures": ["AlbertForMaskedLM"]}, Kind.ENCODER),
-        ({"architectures": ["ViTModel"], "model_type": "vit"}, Kind.VISION),
-        ({"architectures": ["ConvNextForImageClassification"]}, Kind.VISION),
+        ({"architectures": ["GPT2LMHeadModel"]}, ModelKind.DECODER),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ModelKind.DECODER),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, ModelKind.ENCODER),
+        ({"architectures": ["AlbertForMaskedLM"]}, ModelKind.ENCODER),
+        ({"architectures": ["ViTModel"], "model_type": "vit"}, ModelKind.VISION),
+        ({"architectures": ["ConvNextForImageClassification"]}, ModelKind.VISION),
     ],
 )
-def test_kinds_of_models(config: dict[str, Any], kind: Kind) -> None:
+def test_kinds_of_models(config: dict[str, Any], kind: ModelKind) -> None:
     assert classify(config) is kind
 
 

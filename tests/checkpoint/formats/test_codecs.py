@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from qwodel.algorithms.scales import Quantized, quantize
+from qwodel.algorithms.scales import Quantized, quantize_matrix
 from qwodel.checkpoint.files.dtypes import nbytes, torch_dtype
 from qwodel.checkpoint.files.output_tensor import Role
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
@@ -43,7 +43,7 @@ def _quantized(codec: Codec, shape: tuple[int, int], seed: int) -> tuple[torch.T
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     basis = codec.basis(shape)
     assert codec.quant_type is not None
-    return weight, quantize(
+    return weight, quantize_matrix(
         weight if basis is None else basis.apply(weight), codec.quant_type, codec.granularity
     )
 

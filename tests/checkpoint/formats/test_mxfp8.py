@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qwodel import quantize
 from qwodel.algorithms.quant_types import MXFP8_E4M3
-from qwodel.algorithms.scales import quantize as quantize_matrix
+from qwodel.algorithms.scales import quantize_matrix
 from qwodel.checkpoint.formats.mxfp8 import MXFP8
 from qwodel.checkpoint.source.weights import read_weights
 from qwodel.exceptions import ValidationError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwodel.backends.coreml.mil.program import Operation, Program, TensorType
+from qwodel.backends.coreml.mil.program import MilOperation, Program, TensorType
 from qwodel.backends.coreml.mil.registry import NO_EFFECT, OPERATIONS
 from qwodel.exceptions import ConversionError, IntegrityError
 
@@ -109,7 +109,7 @@ class Evaluator:
                 self._last_uses.setdefault(position, []).append(name)
 
     def _step(
-        self, operation: Operation, values: dict[str, Any], states: dict[str, torch.Tensor] | None
+        self, operation: MilOperation, values: dict[str, Any], states: dict[str, torch.Tensor] | None
     ) -> None:
         arguments = {
             key: _value(self._program.resolve(given, values))
@@ -134,7 +134,7 @@ class Evaluator:
 
 
 def _state(
-    operation: Operation, arguments: Mapping[str, Any], states: dict[str, torch.Tensor] | None
+    operation: MilOperation, arguments: Mapping[str, Any], states: dict[str, torch.Tensor] | None
 ) -> torch.Tensor | list[torch.Tensor]:
     name = operation.inputs["input"]
     if states is None:
@@ -145,7 +145,7 @@ def _state(
     return []
 
 
-def _read(operation: Operation) -> list[str]:
+def _read(operation: MilOperation) -> list[str]:
     flat = [
         each
         for given in operation.inputs.values()
@@ -174,7 +174,7 @@ def _round(value: torch.Tensor, kind: TensorType) -> torch.Tensor:
     return value
 
 
-def _check_shape(operation: Operation, kind: TensorType, value: torch.Tensor) -> None:
+def _check_shape(operation: MilOperation, kind: TensorType, value: torch.Tensor) -> None:
     declared = kind.shape
     fits = len(declared) == value.ndim and all(
         size is None or size == actual for size, actual in zip(declared, value.shape, strict=True)

@@ -16,7 +16,7 @@ from qwodel.backends.coreml.mil.weight_file import WeightFile, unpack_bits
 from qwodel.exceptions import IntegrityError
 from qwodel.untrusted import read_json
 
-__all__ = ["Operation", "Program", "TensorType"]
+__all__ = ["MilOperation", "Program", "TensorType"]
 
 _NUMPY = {
     "BOOL": np.bool_, "FLOAT16": np.float16, "FLOAT32": np.float32, "FLOAT64": np.float64,
@@ -46,7 +46,7 @@ class TensorType:
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class MilOperation:
     """One operation of a block.
 
     ``inputs`` maps parameter to names of earlier outputs, or to values given in place;
@@ -99,7 +99,7 @@ class Program:
         self.outputs: tuple[str, ...] = tuple(self._block.outputs)
 
     @cached_property
-    def operations(self) -> tuple[Operation, ...]:
+    def operations(self) -> tuple[MilOperation, ...]:
         """All operations but constants, in order."""
         return tuple(self._operation(each) for each in self._block.operations if each.type != "const")
 
@@ -116,9 +116,9 @@ class Program:
         """Number of operations of each type, most frequent first."""
         return dict(Counter(each.type for each in self._block.operations).most_common())
 
-    def consumers(self) -> dict[str, list[Operation]]:
+    def consumers(self) -> dict[str, list[MilOperation]]:
         """Operations that read each value, by the value's name."""
-        found: dict[str, list[Operation]] = {}
+        found: dict[str, list[MilOperation]] = {}
         for operation in self.operations:
             for name in _names(operation.inputs):
                 found.setdefault(name, []).append(operation)
@@ -128,7 +128,7 @@ class Program:
         """Return a constant: an array of its own dtype (sub-byte ones as uint8 or int8), or text."""
         return self._value(self._constants[name])
 
-    def argument(self, operation: Operation, parameter: str) -> Any:
+    def argument(self, operation: MilOperation, parameter: str) -> Any:
         """Return a parameter of ``operation`` that is constant, or ``None`` where it is not given."""
         given = operation.inputs.get(parameter)
         if given is None:
@@ -153,13 +153,13 @@ class Program:
     def _constant_operations(self) -> dict[str, str]:
         return {each.outputs[0].name: _name(each) for each in self._block.operations if each.type == "const"}
 
-    def _operation(self, proto: Any) -> Operation:
+    def _operation(self, proto: Any) -> MilOperation:
         inputs = {key: self._bindings(key, value.arguments) for key, value in proto.inputs.items()}
         for key, value in proto.attributes.items():
             if key != "name":  # constexpr operations up to iOS 17 have parameters as attributes
                 inputs[key] = _InPlace(self._value(value))
         outputs = {each.name: _type(each.type) for each in proto.outputs}
-        return Operation(proto.type, _name(proto), inputs, outputs)
+        return MilOperation(proto.type, _name(proto), inputs, outputs)
 
     def _bindings(self, key: str, arguments: Any) -> Any:
         bound = [each.name or _InPlace(self._value(each.value)) for each in arguments]
