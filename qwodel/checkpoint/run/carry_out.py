@@ -13,7 +13,8 @@ from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.run.convert import convert
 from qwodel.checkpoint.run.device_executor import executor_for, make_executor
-from qwodel.checkpoint.run.verify import LayerQuality, verify
+from qwodel.checkpoint.run.verify import LayerQuality, read_output, verify
+from qwodel.checkpoint.source.checkpoint import Checkpoint
 from qwodel.checkpoint.tensors import Action
 from qwodel.devices import StreamingOptions
 from qwodel.output import require_space
@@ -29,12 +30,14 @@ class CarriedOut:
     """What a run has written and measured.
 
     Attributes:
+        output: what was written, as its files say.
         quality: of every quantized layer, in the source's order, measured on the files.
         rounding: layer → how a data-aware method found its codes.
         fell_back: layers that were worked on again on the CPU, as the device's memory ran out.
     """
 
     plan: Plan
+    output: Checkpoint
     quality: tuple[LayerQuality, ...]
     rounding: Mapping[str, RoundingReport]
     fell_back: tuple[str, ...]
@@ -108,6 +111,7 @@ def carry_out(
     executor = executor_for(device or torch.device("cpu"), workers, streaming)
     conversion = convert(plan, destination, executor=executor, progress=progress)
     written()
-    quality = verify(conversion, executor=make_executor(workers), progress=progress)
+    output = read_output(plan, destination)
+    quality = verify(conversion, written=output, executor=make_executor(workers), progress=progress)
     reports = {**(rounding or {}), **conversion.reports}
-    return CarriedOut(plan, quality, reports, tuple(conversion.fell_back))
+    return CarriedOut(plan, output, quality, reports, tuple(conversion.fell_back))
