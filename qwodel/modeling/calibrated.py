@@ -58,7 +58,7 @@ def find_codes(
         method: how codes are chosen.
         progress: its stage ``calibrate`` advances.
         batches: what the model is called with, where the text was cut into tokens before.
-        even: see :class:`~qwodel.modeling.recorder.InputRecorder`.
+        even: see :class:`~qwodel.modeling.observe.gram.GramSums`.
         prepare: is given the model before it runs, to hook what its reader does with inputs.
 
     Returns:

@@ -24,7 +24,7 @@ from qwodel.checkpoint.source.checkpoint import Checkpoint
 from qwodel.modeling.calibrated import find_codes
 from qwodel.modeling.calibration_batches import calibration_batches
 from qwodel.modeling.lazy_model import described
-from qwodel.modeling.recorder import is_fused_experts
+from qwodel.modeling.observe.layers import is_fused_experts
 from qwodel.modules.int8_linear import Activations
 from qwodel.process_state import without_bars
 from qwodel.progress import Progress
