@@ -18,7 +18,8 @@ from typing import Any, TypedDict
 from qwodel.exceptions import ValidationError
 from qwodel.gguf_header import read_gguf_header
 from qwodel.model_config import read_config
-from qwodel.safetensors_files import check_index, find_index, read_header, read_index
+from qwodel.parsed_files import ParsedFiles
+from qwodel.safetensors_files import check_index, find_index, read_index
 from qwodel.torch_pickle import read_pickled_tensors
 from qwodel.untrusted import checked_path, kind_of
 from qwodel.weight_search import denoiser_folder, find_weights
@@ -54,7 +55,8 @@ class ModelSource:
 
     ``parameters`` counts elements once where tensors share storage (0 for a traced program); ``dtypes``
     maps dtype to number of elements; ``weight_bytes`` is the size of the weight
-    files; ``tied_embeddings`` is ``None`` where neither config nor tensors tell.
+    files; ``tied_embeddings`` is ``None`` where neither config nor tensors tell; ``parsed`` is for those
+    who look at the same files next.
     """
 
     given: str
@@ -70,6 +72,7 @@ class ModelSource:
     weight_bytes: int
     tied_embeddings: bool | None
     revision: str | None = None
+    parsed: ParsedFiles = field(default_factory=ParsedFiles, repr=False, compare=False)
 
     def describe(self) -> dict[str, Any]:
         """Return the facts above as a JSON-ready dictionary."""
@@ -117,12 +120,20 @@ def inspect_source(
     kind, files = find_weights(denoiser or path)
     if denoiser is not None:
         kind = "diffusers"
-    config = read_config(denoiser or path) if path.is_dir() else {}
+    parsed = ParsedFiles()
+    config = parsed.config(denoiser or path) if path.is_dir() else {}
     if kind in _PROGRAMS:
         content = _describe_program()
     else:
+<<<<<<< HEAD
         content = (
             _describe_gguf(files) if kind == "gguf" else _describe_tensors(denoiser or path, files, config)
+=======
+        facts = (
+            _describe_gguf(files)
+            if kind == "gguf"
+            else _describe_tensors(denoiser or path, files, config, parsed)
+>>>>>>> part5
         )
     resolved = path.resolve()
     return ModelSource(
@@ -134,6 +145,7 @@ def inspect_source(
         config=config,
         weight_bytes=sum(file.stat().st_size for file in files),
         revision=revision,
+<<<<<<< HEAD
         **content,
     )
 
@@ -149,13 +161,23 @@ class _Content(TypedDict):
 
 
 def _describe_tensors(folder: Path, files: list[Path], config: Mapping[str, Any]) -> _Content:
+=======
+        parsed=parsed,
+        **facts,
+    )
+
+
+def _describe_tensors(
+    folder: Path, files: list[Path], config: Mapping[str, Any], parsed: ParsedFiles
+) -> dict[str, Any]:
+>>>>>>> part5
     tensors: dict[str, TensorInfo] = {}
     held: dict[str, Path] = {}
     shared: set[tuple[str, str]] = set()
     parameters = 0
     dtypes: Counter[str] = Counter()
     for file in files:
-        for name, dtype, shape, numel, storage in _entries(file):
+        for name, dtype, shape, numel, storage in _entries(file, parsed):
             if name in tensors:
                 raise ValidationError(
                     f"tensor {name!r} is in more than one of the weight files (again in {file.name})"
@@ -185,9 +207,9 @@ def _check_index(folder: Path, files: list[Path], held: Mapping[str, Path]) -> N
         check_index(index, read_index(index), placed)
 
 
-def _entries(file: Path) -> Iterable[tuple[str, str, tuple[int, ...], int, str | None]]:
+def _entries(file: Path, parsed: ParsedFiles) -> Iterable[tuple[str, str, tuple[int, ...], int, str | None]]:
     if file.suffix == ".safetensors":
-        for entry in read_header(file):
+        for entry in parsed.header(file):
             yield entry.name, entry.dtype, entry.shape, entry.numel, None
     else:
         for name, tensor in read_pickled_tensors(file).items():

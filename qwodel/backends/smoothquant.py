@@ -135,7 +135,7 @@ class SmoothQuantQuantizer(BaseQuantizer[SmoothQuantOptions]):
         # The smoothed weights lie beside the result, those to quantize in fp32.
         require_space(job.output.scratch, 3 * job.source.weight_bytes, f"making {job.output.final.name}")
         exported = export_w8a8(
-            job.source.path,
+            job.source,
             job.output.path,
             job.output.scratch,
             _export_options(job.format, job.options),

@@ -23,6 +23,7 @@ from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import LayerOverride, Recipe
 from qwodel.checkpoint.run.carry_out import carry_out
+from qwodel.checkpoint.source.checkpoint import Checkpoint
 from qwodel.devices import resolve_device
 from qwodel.exceptions import ConfigurationError
 from qwodel.output import require_space
@@ -90,7 +91,8 @@ class WeightFileQuantizer(BaseQuantizer[WeightFileOptions]):
 
     def plan(self, source: ModelSource, spec: FormatSpec, options: WeightFileOptions) -> Plan:
         """Return what a run would do; ``str`` of its ``table()`` is the dry run."""
-        return build_plan(source.path, _recipe(spec, options), _layout(source, spec, options))
+        checkpoint = Checkpoint.of(source.path, source.parsed)
+        return build_plan(checkpoint, _recipe(spec, options), _layout(source, spec, options))
 
     def run(self, job: Job[WeightFileOptions]) -> None:
         """Plan, calibrate where there is text, convert tensor by tensor, and read back."""

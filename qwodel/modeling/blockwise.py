@@ -24,7 +24,9 @@ from qwodel.checkpoint.rounding.code_store import CodeStore
 from qwodel.exceptions import QuantizationError
 from qwodel.modeling.lazy_model import LazyModel
 from qwodel.modeling.model_blocks import ModelBlocks, layer_name
-from qwodel.modeling.recorder import InputRecorder, first_input, inputs_kept
+from qwodel.modeling.observe.gram import GramSums, KeptInputs
+from qwodel.modeling.observe.layers import first_input
+from qwodel.modeling.observe.watcher import Watcher
 from qwodel.modeling.stages import Stage, copied, find_stages, token_counts
 from qwodel.modeling.stepwise import Arrival, run_in_step
 from qwodel.progress import Progress
@@ -58,7 +60,7 @@ def quantize_blockwise(
         solve: rounds weights.
         store: keeps the codes.
         progress: its stage ``calibrate`` gets batches done.
-        even: see :class:`~qwodel.modeling.recorder.InputRecorder`.
+        even: see :class:`~qwodel.modeling.observe.gram.GramSums`.
         asymmetric: run every batch through the unquantized model too, so that statistics tell how far
             inputs have drifted from its own. Takes twice the time and memory of batches.
 
@@ -133,20 +135,21 @@ class _Run:
         """Run a block to see what its layers read, quantize it, and run it again."""
         name = self.blocks.names[unit]
         sources, ours = self._parted(arrivals)
-        recorder = InputRecorder(layers, even=self.even)
+        sums = GramSums(even=self.even)
         for source, arrival in zip_longest(sources, ours):
             output = None
             if source is not None:
-                with inputs_kept(layers, token_counts(source)) as recorder.sources:
+                kept = KeptInputs(token_counts(source))
+                with Watcher(layers, kept):
                     output = unit(*source.args, **source.kwargs)
-            with recorder:
+                sums.sources = kept.inputs
+            with Watcher(layers, sums, experts_apart=True):
                 unit(*copied(arrival.args), **copied(arrival.kwargs))
-                recorder.end_pass()
             self._step(0.5 / len(ours), f"watching {name}")
             if source is not None:
                 yield output
         replaced: dict[str, torch.Tensor] = {}
-        for group in recorder.groups():
+        for group in sums.groups():
             replaced |= self._solve(self.blocks.weights_of(group.layers), group.sums.result())
         self.lazy.load(unit, name, replaced)
         replaced.clear()
@@ -191,15 +194,15 @@ class _Run:
     def _quantize_stage(
         self, stage: Stage, sources: Sequence[Arrival], ours: Sequence[Arrival], share: float
     ) -> dict[str, torch.Tensor]:
-        recorder = InputRecorder({}, even=self.even)
+        sums = GramSums(even=self.even)
         first = (f"{stage[0]}.weight", None)
         for source, each in zip_longest(sources, ours):
             if source is not None:
-                recorder.sources[first] = first_input(source.args, source.kwargs)
-            recorder.add(first, first_input(each.args, each.kwargs))
-            recorder.end_pass()
+                sums.sources[first] = first_input(source.args, source.kwargs)
+            sums.add(first, first_input(each.args, each.kwargs))
+            sums.forget()
             self._step(share, f"watching {stage[0]}")
-        [group] = recorder.groups()
+        [group] = sums.groups()
         keys = self.blocks.weights_of([(f"{name}.weight", None) for name in stage])
         return self._solve(keys, group.sums.result())
 

@@ -20,7 +20,7 @@ from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.rounding.code_store import CodeStore
 from qwodel.checkpoint.rounding.statistics import write_statistics
 from qwodel.checkpoint.run.tensor_work import weight_rows
-from qwodel.checkpoint.source.dequantize_sources import resolve_sources
+from qwodel.checkpoint.source.checkpoint import Checkpoint
 from qwodel.exceptions import ConversionError, QuantizationError, ResourceError
 from qwodel.exhaustion import exhausted
 from qwodel.hardware import return_free_memory
@@ -28,7 +28,7 @@ from qwodel.hashes import SourceFiles
 from qwodel.modeling.blockwise import quantize_blockwise, round_stored
 from qwodel.modeling.calibration_batches import CalibrationOptions, calibration_batches
 from qwodel.modeling.collect import collect_blockwise, kept_statistics
-from qwodel.modeling.lazy_model import LazyModel, config_of, open_lazily
+from qwodel.modeling.lazy_model import LazyModel, described, open_lazily
 from qwodel.modeling.model_blocks import ModelBlocks
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.progress import Progress, ProgressCallback
@@ -58,7 +58,7 @@ def find_codes(
         method: how codes are chosen.
         progress: its stage ``calibrate`` advances.
         batches: what the model is called with, where the text was cut into tokens before.
-        even: see :class:`~qwodel.modeling.recorder.InputRecorder`.
+        even: see :class:`~qwodel.modeling.observe.gram.GramSums`.
         prepare: is given the model before it runs, to hook what its reader does with inputs.
 
     Returns:
@@ -81,7 +81,7 @@ def find_codes(
     widest = max(
         each.source.shape[1] for each in plan.tensors if each.rounding and each.rounding.waits_for_codes
     )
-    with UnifiedSafetensorsLoader(plan.source, low_memory=True) as reader:
+    with plan.checkpoint.open() as reader:
         lazy = _open(plan, reader, torch.device(calibration.device))
         if batches is None:
             batches = list(calibration_batches(plan.source, lazy.model.config, calibration, widest))
@@ -141,14 +141,15 @@ def collect_from_checkpoint(
         as :func:`find_codes`.
     """
     progress = Progress(progress_callback, {"resolve": 1, "calibrate": 95, "publish": 4})
+    checkpoint = Checkpoint.alone(Path(folder))
     with (
         StagedOutput(path, overwrite=overwrite) as output,
-        UnifiedSafetensorsLoader(folder, low_memory=True) as reader,
+        checkpoint.open() as reader,
         SourceFiles(reader.files, files_beside(Path(folder))) as files,
         disk_errors(f"collecting statistics for {path}"),
     ):
         progress.stage("calibrate", "reading the calibration text")
-        lazy = open_checkpoint(Path(folder), reader, device=calibration.device)
+        lazy = open_checkpoint(checkpoint, reader, device=calibration.device)
         blocks = ModelBlocks.of(lazy)
         widest = max(
             (each.in_features for each in lazy.model.modules() if isinstance(each, nn.Linear)), default=1
@@ -176,7 +177,7 @@ def collect_from_checkpoint(
 
 
 def open_checkpoint(
-    folder: Path,
+    checkpoint: Checkpoint,
     reader: UnifiedSafetensorsLoader,
     *,
     dtype: torch.dtype | None = None,
@@ -185,17 +186,17 @@ def open_checkpoint(
     """A model directory as a lazy model of the numbers its tensors stand for, codes decoded.
 
     Args:
-        folder: the model directory.
-        reader: its open checkpoint, which must stay open.
+        checkpoint: a model directory.
+        reader: its open files, which must stay open.
         dtype: to compute in; fp32 where most tensors are, else bf16.
         device: where loaded parts live.
 
     Raises:
-        ValidationError: it is quantized in a way that is not understood.
+        ValidationError: it has no configuration.
         ConfigurationError: transformers does not know the architecture.
     """
-    config = config_of(folder)
-    tensors = {each.name: each for each in resolve_sources(reader, config).tensors}
+    config = described(checkpoint.config, checkpoint.path)
+    tensors = {each.name: each for each in checkpoint.sources.tensors}
 
     def read(name: str) -> torch.Tensor:
         source = tensors[name]
@@ -240,7 +241,8 @@ def _open(plan: Plan, reader: UnifiedSafetensorsLoader, device: torch.device) ->
         shape = tensor.source.shape
         return weight_rows(reader, tensor, 0, shape[0]) if shape else weight_rows(reader, tensor, 0, 1)[0]
 
-    return open_lazily(config_of(plan.source), tensors, read, dtype=_compute_dtype(plan), device=device)
+    config = described(plan.checkpoint.config, plan.source)
+    return open_lazily(config, tensors, read, dtype=_compute_dtype(plan), device=device)
 
 
 def _compute_dtype(plan: Plan) -> torch.dtype:

@@ -16,7 +16,9 @@ from qwodel.algorithms.gram import InputStatistics
 from qwodel.checkpoint.rounding.statistics import StatisticsEntry, write_statistics
 from qwodel.exceptions import CalibrationError, ConfigurationError
 from qwodel.modeling.model_blocks import ModelBlocks, layer_name
-from qwodel.modeling.recorder import InputGroup, InputRecorder, LayerId, is_fused_experts, is_linear
+from qwodel.modeling.observe.gram import GramSums, InputGroup
+from qwodel.modeling.observe.layers import LayerId, is_fused_experts, is_linear
+from qwodel.modeling.observe.watcher import Watcher
 from qwodel.modeling.stepwise import Arrival
 from qwodel.output import StagedOutput, disk_errors
 from qwodel.progress import Progress, ProgressCallback
@@ -82,20 +84,20 @@ def collect_statistics(
         tempfile.TemporaryDirectory(dir=scratch or output.scratch, prefix="gram-") as spill,
         disk_errors(f"collecting statistics for {target}"),
     ):
-        recorder = InputRecorder(watched, gram, _Spilling(Path(spill), memory), even)
+        sums = GramSums(gram, _Spilling(Path(spill), memory), even)
         count = 0
-        with recorder, torch.no_grad():
+        with Watcher(watched, sums, experts_apart=True) as watcher, torch.no_grad():
             for batch in batches:
                 (forward or run_batch)(module, batch)
-                recorder.end_pass()
+                watcher.batch()
                 count += 1
                 progress.update(min(count, total), max(total, count), f"batch {count}")
         if not count:
             raise CalibrationError("there were no calibration batches")
-        groups = recorder.groups()
+        groups = sums.groups()
         if not groups:
             raise CalibrationError("no linear layer of the module was run on the calibration batches")
-        if unseen := sorted(name for name in watched if not _was_seen(name, recorder.seen())):
+        if unseen := sorted(name for name in watched if not _was_seen(name, sums.seen())):
             log.warning("%d layers were never run: %s", len(unseen), ", ".join(unseen[:5]))
         progress.stage("publish", target.name)
         described = [_entry(group, gram) for group in groups]
@@ -135,14 +137,15 @@ def collect_blockwise(
         nonlocal done
         name = blocks.names[unit]
         blocks.lazy.load(unit, name)
-        with InputRecorder(blocks.layers_in(unit), gram) as recorder:
+        sums = GramSums(gram)
+        with Watcher(blocks.layers_in(unit), sums, experts_apart=True) as watcher:
             for arrival in arrivals:
                 yield unit(*arrival.args, **arrival.kwargs)
-                recorder.end_pass()
+                watcher.batch()
                 done += 1
                 progress.update(min(done, steps), steps, f"watching {name}")
         blocks.lazy.unload(unit)
-        for group in recorder.groups():
+        for group in sums.groups():
             layers = tuple(layer_name(key) for key in blocks.weights_of(group.layers))
             result = group.sums.result()
             tensors = {"mean": result.mean, "channel_max": result.channel_max}

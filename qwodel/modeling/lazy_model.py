@@ -189,7 +189,8 @@ def open_lazily(
             f"transformers {transformers.__version__} has no architecture {names[0]}",
             hint="run the model yourself and collect statistics with qwodel.modeling.collect_statistics",
         )
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    # Configuration classes change what they are given.
+    plain = {key: deepcopy(value) for key, value in config.items() if key != "quantization_config"}
     settings = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
     model = empty_transformers_model(cls, settings, dtype)
     model.eval()
@@ -230,7 +231,15 @@ def config_of(directory: Path) -> dict[str, Any]:
     Raises:
         ValidationError: it is missing or no JSON object.
     """
-    config = read_config(Path(directory))
+    return dict(described(read_config(Path(directory)), directory))
+
+
+def described(config: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+    """The ``config`` of a model directory, which must be there.
+
+    Raises:
+        ValidationError: it is empty.
+    """
     if not config:
         raise ValidationError(f"{directory} has no config.json that describes a model")
     return config

@@ -11,7 +11,7 @@ from torch import nn
 
 from qwodel.modeling.empty_models import tie_weights
 from qwodel.modeling.lazy_model import LazyModel
-from qwodel.modeling.recorder import LayerId, layers_to_record
+from qwodel.modeling.observe.layers import LayerId, layers_to_record
 from qwodel.modeling.stepwise import Arrival, run_in_step
 
 __all__ = ["ModelBlocks", "find_units", "layer_name"]

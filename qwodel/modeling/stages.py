@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwodel.modeling.recorder import InputRecorder, is_fused_experts
+from qwodel.modeling.observe.gram import GramSums
+from qwodel.modeling.observe.layers import is_fused_experts
+from qwodel.modeling.observe.watcher import Watcher
 from qwodel.modeling.stepwise import Arrival
 
 __all__ = ["Stage", "copied", "find_stages", "token_counts"]
@@ -40,15 +42,14 @@ def find_stages(
     """
     if unit in layers.values() or any(is_fused_experts(layer) for layer in layers.values()):
         return None
-    with InputRecorder(layers, gram=False) as recorder:
+    sums = GramSums(gram=False)
+    with Watcher(layers, sums):
         unit(*copied(arrival.args), **copied(arrival.kwargs))
     whole = token_counts(arrival)
-    if len(recorder.seen()) < len(layers) or any(
-        group.sums.count not in whole for group in recorder.groups()
-    ):
+    if len(sums.seen()) < len(layers) or any(group.sums.count not in whole for group in sums.groups()):
         return None
     # A layer that reads an input again when others have run in between is a stage of its own.
-    runs = groupby(recorder.seen().items(), key=lambda item: id(item[1]))
+    runs = groupby(sums.seen().items(), key=lambda item: id(item[1]))
     return tuple(tuple(name.removesuffix(".weight") for (name, _), _ in run) for _, run in runs)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from qwodel.modeling.observe.rows import LayerInputs, thinned
 from qwodel.modules.input_rounding import InputFormat, InputRounding, input_grid
-from qwodel.segquant.observe import SEARCH_ROWS, LayerInputs, thinned
 from qwodel.segquant.smoothed_weight import SmoothedWeight
 
-__all__ = ["input_rounding"]
+__all__ = ["SEARCH_ROWS", "input_rounding"]
+
+SEARCH_ROWS = 512
+"""How many rows the candidates of a search are compared on."""
 
 _CLIPS = tuple(1 - 0.05 * step for step in range(1, 15))
 

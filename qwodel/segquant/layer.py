@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwodel.modeling.observe.rows import LayerInputs
 from qwodel.modules.quantized_conv import ConvGeometry, QuantizedConv
 from qwodel.modules.segment_linear import SegmentLinear
-from qwodel.segquant.observe import LayerInputs
 from qwodel.segquant.seams import Seams, WeightCut
 from qwodel.segquant.settings import LayerSettings, Optimum, OptimumSettings
 from qwodel.segquant.solve import LayerProblem, SolvedLayer, shared_smoothing, solve

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
-from qwodel.exceptions import ValidationError
+from qwodel.modeling.observe.layers import first_input
+from qwodel.modeling.observe.rows import LayerInputs, RowSampler, RowSamples
+from qwodel.modeling.observe.watcher import Watcher
 from qwodel.modeling.stepwise import Arrival, run_in_step
 from qwodel.segquant.batches import Call, run_call
 from qwodel.segquant.config import Configuration
 from qwodel.segquant.layer import Smoothing, quantize_layer, sample_limit, sampled_rows, settle_together
-from qwodel.segquant.observe import LayerInputs, RowSampler
 from qwodel.segquant.report import LayerReport, QuantizationReport
 from qwodel.segquant.seams import Seams
 
@@ -98,7 +98,7 @@ def all_in_step(run: SequentialRun, calls: Sequence[Call], repeated: Sequence[st
             name = names[unit]
             sampler = run.sampler(name, len(arrivals))
             for each in arrivals:
-                sampler.add(sampled_rows(unit, _input_of(each)))
+                sampler.add(sampled_rows(unit, first_input(each.args, each.kwargs, name)))
             made[unit] = run.solve(name, sampler.result())
         for each in arrivals:
             yield made[unit](*each.args, **each.kwargs)
@@ -123,29 +123,8 @@ def one_by_one(run: SequentialRun, calls: Sequence[Call]) -> None:
 
 def _record(run: SequentialRun, names: Sequence[str], calls: Sequence[Call]) -> dict[str, LayerInputs]:
     """Run all batches, and keep a sample of what some layers read."""
-    samplers = {name: run.sampler(name, len(calls)) for name in names}
-
-    def watch(sampler: RowSampler) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sampler.add(sampled_rows(layer, _input_of(Arrival(layer, args, kwargs))))
-
-        return hook
-
-    hooks = [
-        run.layers[name].register_forward_pre_hook(watch(sampler), with_kwargs=True)
-        for name, sampler in samplers.items()
-    ]
-    try:
+    samples = RowSamples({name: run.sampler(name, len(calls)) for name in names}, sampled_rows)
+    with Watcher({name: run.layers[name] for name in names}, samples):
         for call in calls:
             run_call(run.model, call)
-    finally:
-        for each in hooks:
-            each.remove()
-    return {name: sampler.result() for name, sampler in samplers.items()}
-
-
-def _input_of(arrival: Arrival) -> torch.Tensor:
-    value = arrival.args[0] if arrival.args else next(iter(arrival.kwargs.values()), None)
-    if not isinstance(value, torch.Tensor):
-        raise ValidationError(f"{type(arrival.unit).__name__} is called with a {type(value).__name__}")
-    return value
+    return samples.result()

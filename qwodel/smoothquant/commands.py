@@ -81,10 +81,10 @@ def export_int8_model(
     from qwodel.source import inspect_source
 
     source = local_folder(model_path)
-    weights = inspect_source(source).weight_files
+    model = inspect_source(source)
     options = ExportOptions(alpha=alpha, rotations="none", act_scales=act_scales_path)
-    with StagedOutput(output_path) as output, SourceFiles(weights, files_beside(source)) as files:
-        exported = export_w8a8(source, output.path, output.scratch, options, Progress(None))
+    with StagedOutput(output_path) as output, SourceFiles(model.weight_files, files_beside(source)) as files:
+        exported = export_w8a8(model, output.path, output.scratch, options, Progress(None))
         output.publish(
             envelope(
                 backend="smoothquant",

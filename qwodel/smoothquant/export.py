@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qwodel.algorithms.data_aware import DataAware, RoundingReport
+from qwodel.checkpoint.files.model_directory import ModelDirectory
 from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.checkpoint.layouts.transformers import TransformersLayout, config_bytes
 from qwodel.checkpoint.plan.plan import Plan
@@ -19,10 +20,11 @@ from qwodel.checkpoint.plan.planning import build_plan
 from qwodel.checkpoint.plan.recipe import Recipe
 from qwodel.checkpoint.rounding.methods import FromStore, Nearest
 from qwodel.checkpoint.run.carry_out import CarriedOut, carry_out
+from qwodel.checkpoint.source.checkpoint import Checkpoint
 from qwodel.modeling.calibrated import find_codes
 from qwodel.modeling.calibration_batches import calibration_batches
-from qwodel.modeling.lazy_model import config_of
-from qwodel.modeling.recorder import is_fused_experts
+from qwodel.modeling.lazy_model import described
+from qwodel.modeling.observe.layers import is_fused_experts
 from qwodel.modules.int8_linear import Activations
 from qwodel.process_state import without_bars
 from qwodel.progress import Progress
@@ -44,6 +46,7 @@ from qwodel.smoothquant.simulate import quantizable_layers
 from qwodel.smoothquant.smooth import Smoothed, smooth_model
 from qwodel.smoothquant.smoothed_checkpoint import load_float, name_of, refuse_conv1d, save_smoothed
 from qwodel.smoothquant.stacked_experts import EXPERT_WEIGHTS, stacked_experts
+from qwodel.source import ModelSource
 
 __all__ = ["Exported", "export_w8a8", "report_of"]
 
@@ -68,7 +71,7 @@ class Exported:
 
 
 def export_w8a8(
-    source: Path, target: Path, scratch: Path, options: ExportOptions, progress: Progress
+    source: ModelSource, target: Path, scratch: Path, options: ExportOptions, progress: Progress
 ) -> Exported:
     """Smooth, quantize and write a model, load it back, and compare logits.
 
@@ -86,13 +89,18 @@ def export_w8a8(
         Cancelled: the progress callback raised.
     """
     with without_bars():
-        return _export(source, target, scratch, options, progress)
+        config = described(source.parsed.config(source.path), source.path)
+        return _export(source.path, config, target, scratch, options, progress)
 
 
 def _export(
-    source: Path, target: Path, scratch: Path, options: ExportOptions, progress: Progress
+    source: Path,
+    config: Mapping[str, Any],
+    target: Path,
+    scratch: Path,
+    options: ExportOptions,
+    progress: Progress,
 ) -> Exported:
-    config = config_of(source)
     progress.stage("calibrate", "loading the model")
     model = load_float(source, config)
     refuse_conv1d(model)
@@ -116,13 +124,14 @@ def _export(
         scales = _input_scales(model, batches) if options.activations == "static" else {}
         folder = scratch / "smoothed"
         save_smoothed(model, source, folder, config)
-    plan = _plan(model, folder, scales, options)
+    checkpoint = Checkpoint.of(folder, directory=ModelDirectory(folder, config))
+    plan = _plan(model, checkpoint, scales, options)
     del model
     plan, reports = _with_codes(plan, scratch / "codes", batches, options, progress)
     done = carry_out(plan, target, scratch, rounding=reports, progress=progress)
-    expected = simulate_saved(target, plan, scheme, scales, probe)
+    expected = simulate_saved(done, scheme, scales, probe)
     if scheme.rotate_inputs:
-        _describe_as_ours(target, plan, scheme)
+        _describe_as_ours(done, scheme)
     rounding = relative_error(expected.logits["int8"], original)
     logits = {"float": rounding, **read_back(target, scheme, probe, expected, rounding)}
     return Exported(done, smoothed, logits)
@@ -158,7 +167,7 @@ def _input_scales(model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]
     return {name: max(float(peaks[name].amax()) / _INT8_MAX, 1e-12) for name in names if name in peaks}
 
 
-def _plan(model: Any, folder: Path, scales: Mapping[str, float], options: ExportOptions) -> Plan:
+def _plan(model: Any, smoothed: Checkpoint, scales: Mapping[str, float], options: ExportOptions) -> Plan:
     head = name_of(model, model.get_output_embeddings()) or "lm_head"
     suited = {f"{name}.weight" for name in quantizable_layers(model)}
     others = [
@@ -168,7 +177,7 @@ def _plan(model: Any, folder: Path, scales: Mapping[str, float], options: Export
     ]
     recipe = Recipe(
         format=storage_format("int8_row"),
-        rounding=FromStore(folder, "gptq") if options.gptq else Nearest(),
+        rounding=FromStore(smoothed.path, "gptq") if options.gptq else Nearest(),
         filters=(),
         exclude_layers="|".join(
             [rf"(^|\.)({re.escape(head)}|lm_head|gate|router|shared_expert_gate)\.weight$", *others]
@@ -177,7 +186,7 @@ def _plan(model: Any, folder: Path, scales: Mapping[str, float], options: Export
     )
     inputs = {f"{name}.weight": scale for name, scale in scales.items()}
     layout = TransformersLayout(options.activations, inputs, packed_experts=_experts_pack(model))
-    return build_plan(folder, recipe, layout)
+    return build_plan(smoothed, recipe, layout)
 
 
 def _experts_pack(model: nn.Module) -> bool:
@@ -213,9 +222,9 @@ def _with_codes(
     )
 
 
-def _describe_as_ours(target: Path, plan: Plan, scheme: Scheme) -> None:
+def _describe_as_ours(done: CarriedOut, scheme: Scheme) -> None:
     """Other readers would compute without the rotation: let them refuse the directory instead."""
-    config = config_of(target)
+    config, plan = dict(done.output.config), done.plan
     activations: Activations = "token" if scheme.activations == "token" else "static"
     shapes = {each.name.removesuffix(".weight"): each.source.shape for each in plan.tensors}
     config["quantization_config"] = quantization_config(
@@ -225,7 +234,7 @@ def _describe_as_ours(target: Path, plan: Plan, scheme: Scheme) -> None:
             if ".experts." not in name
         }
     )
-    (target / "config.json").write_bytes(config_bytes(config))
+    (done.output.path / "config.json").write_bytes(config_bytes(config))
 
 
 def report_of(exported: Exported) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from qwodel.checkpoint.formats.packed import unpack_int8
 from qwodel.exceptions import ConversionError, ValidationError
 from qwodel.modeling.empty_models import tie_weights
 from qwodel.modeling.lazy_model import LazyModel
-from qwodel.modeling.recorder import is_fused_experts
+from qwodel.modeling.observe.layers import is_fused_experts
 from qwodel.modules.int8_experts import Int8Experts
 from qwodel.modules.int8_linear import Activations, Int8Linear
 from qwodel.safetensors_files import checkpoint_files, read_header

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.layouts.transformers import TransformersLayout
 from qwodel.checkpoint.plan.plan import Plan
+from qwodel.checkpoint.run.carry_out import CarriedOut
 from qwodel.checkpoint.tensors import Action
 from qwodel.exceptions import IntegrityError
 from qwodel.modeling.calibrated import open_checkpoint
@@ -66,11 +66,12 @@ class Expected:
 
 
 def simulate_saved(
-    target: Path, plan: Plan, scheme: Scheme, scales: Mapping[str, float], probe: torch.Tensor
+    done: CarriedOut, scheme: Scheme, scales: Mapping[str, float], probe: torch.Tensor
 ) -> Expected:
     """Run an fp32 model of what the saved codes stand for, with inputs rounded as readers do."""
-    with UnifiedSafetensorsLoader(target, low_memory=True) as reader:
-        lazy = open_checkpoint(target, reader, dtype=torch.float32)
+    plan = done.plan
+    with done.output.open() as reader:
+        lazy = open_checkpoint(done.output, reader, dtype=torch.float32)
         lazy.load(lazy.model, "")
     model = lazy.model
     tie_weights(model)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qwodel.algorithms.hadamard import convrot_weight
-from qwodel.modeling.recorder import is_linear
+from qwodel.modeling.observe.layers import is_linear
 from qwodel.smoothquant.fake_quant import fake_quantize
 from qwodel.smoothquant.scheme import Scheme
 from qwodel.smoothquant.stacked_experts import fake_quantized_experts

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwodel.modeling.recorder import is_fused_experts
+from qwodel.modeling.observe.layers import is_fused_experts
 from qwodel.modules.int8_experts import gate_of, run_experts
 from qwodel.smoothquant.fake_quant import fake_quantize
 

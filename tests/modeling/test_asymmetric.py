@@ -16,7 +16,7 @@ from qwodel.checkpoint.formats.registry import storage_format
 from qwodel.modeling import model_blocks
 
 from .test_blockwise import run as run_blockwise
-from .test_recorder import plain_inputs
+from .test_observe import plain_inputs
 from .tiny_models import batches, save
 
 

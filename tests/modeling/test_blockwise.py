@@ -19,7 +19,7 @@ from qwodel.modeling.lazy_model import config_of, open_lazily
 from qwodel.modeling.model_blocks import layer_name
 from qwodel.progress import Progress
 
-from .test_recorder import plain_inputs
+from .test_observe import plain_inputs
 from .tiny_models import batches, save
 
 

@@ -10,7 +10,7 @@ from qwodel.checkpoint.rounding.statistics import StatisticsFile
 from qwodel.exceptions import CalibrationError, Cancelled, ConfigurationError, ValidationError
 from qwodel.modeling.collect import collect_statistics
 
-from .test_recorder import plain_inputs
+from .test_observe import plain_inputs
 from .tiny_models import batches, make
 
 

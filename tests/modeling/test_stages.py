@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwodel.modeling.recorder import layers_to_record
+from qwodel.modeling.observe.layers import layers_to_record
 from qwodel.modeling.stages import find_stages
 from qwodel.modeling.stepwise import run_in_step
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qwodel.modeling.model_blocks import find_units
-from qwodel.modeling.recorder import is_fused_experts, is_linear
+from qwodel.modeling.observe.layers import is_fused_experts, is_linear
 from qwodel.modeling.stepwise import run_in_step
 
 from .tiny_models import ARCHITECTURES, batches, make

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from qwodel.exceptions import CalibrationError, ValidationError
+from qwodel.modeling.observe.rows import RowSampler
 from qwodel.modules.quantized_conv import QuantizedConv
 from qwodel.modules.segment_linear import SegmentLinear
 from qwodel.segquant import quantize, quantize_model
 from qwodel.segquant.batches import calls_of
-from qwodel.segquant.observe import RowSampler
 from tests.segquant.toys import Block, batches, outputs, sqnr, toy
 
 DATA, HELD = batches(12), batches(4, seed=2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwodel.model_config import read_config
+from qwodel.parsed_files import ParsedFiles
 from qwodel.side_files import refuse_leading_out, side_files
 from qwodel.untrusted import kind_of
 
@@ -27,8 +28,8 @@ class ModelDirectory:
     config: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, source: Path) -> ModelDirectory:
-        """Look beside ``source``.
+    def of(cls, source: Path, parsed: ParsedFiles | None = None) -> ModelDirectory:
+        """Look beside ``source``; what is ``parsed`` already is not parsed again.
 
         Raises:
             ValidationError: ``config.json`` is damaged, or a link that leads out of the directory.
@@ -37,7 +38,7 @@ class ModelDirectory:
         if root is None or kind_of(root / "config.json") != "file":
             return cls(root, None)
         refuse_leading_out(root / "config.json", root)
-        return cls(root, read_config(root))
+        return cls(root, read_config(root) if parsed is None else parsed.config(root))
 
     def side_files(self) -> dict[str, Path]:
         """Return what must come along, by relative path; see :func:`qwodel.side_files.side_files`."""

@@ -17,22 +17,11 @@ from typing import Self
 import torch
 
 from qwodel.checkpoint.files.dtypes import torch_dtype
-from qwodel.checkpoint.files.pickled import PICKLED, read_pickled_header
+from qwodel.checkpoint.files.headers import CheckpointHeaders
 from qwodel.exceptions import IntegrityError, ValidationError
-from qwodel.safetensors_files import (
-    DTYPE_BITS,
-    SafetensorsHeader,
-    TensorEntry,
-    check_index,
-    checkpoint_files,
-    find_index,
-    read_header,
-    read_index,
-)
-from qwodel.untrusted import kind_of
-from qwodel.weight_search import TRAINING_FILES
+from qwodel.safetensors_files import DTYPE_BITS, SafetensorsHeader, TensorEntry
 
-__all__ = ["UnifiedSafetensorsLoader", "weight_files_of"]
+__all__ = ["UnifiedSafetensorsLoader"]
 
 
 class UnifiedSafetensorsLoader:
@@ -41,7 +30,8 @@ class UnifiedSafetensorsLoader:
     Args:
         path: a ``.safetensors`` file, or a directory that holds some (through
             its index when there is one). PyTorch files are read in place, too, where there
-            are no safetensors; nothing in them is executed.
+            are no safetensors; nothing in them is executed. Where headers are given, which
+            somebody has read before, they are not parsed again.
         low_memory: read each tensor with ranged reads into memory of its own,
             instead of mapping the files. A memory map is quicker for repeated
             access, but every page touched stays resident until
@@ -53,31 +43,15 @@ class UnifiedSafetensorsLoader:
         IntegrityError: a file is truncated or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], low_memory: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str] | CheckpointHeaders, low_memory: bool = False) -> None:
+        headers = path if isinstance(path, CheckpointHeaders) else CheckpointHeaders.read(Path(path))
+        self.path = headers.path
         self.low_memory = low_memory
-        self._headers = [_header(file) for file in weight_files_of(self.path)]
-        self._entries: dict[str, tuple[SafetensorsHeader, TensorEntry]] = {}
-        for header in self._headers:
-            for entry in header:
-                if entry.name in self._entries:
-                    other = self._entries[entry.name][0].path.name
-                    raise ValidationError(f"tensor {entry.name!r} is in both {other} and {header.path.name}")
-                self._entries[entry.name] = (header, entry)
-        self._check_index()
+        self._headers = headers.headers
+        self._entries = headers.places()
         self._descriptors: dict[Path, int] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._closed = False
-
-    def _check_index(self) -> None:
-        suffix = self._headers[0].path.suffix
-        index = find_index(self.path, suffix) if self.path.is_dir() else None
-        if index is not None:
-            files = {
-                name: header.path.relative_to(self.path).as_posix()
-                for name, (header, _) in self._entries.items()
-            }
-            check_index(index, read_index(index), files)
 
     def keys(self) -> list[str]:
         """Return the names of all tensors, in file order."""
@@ -215,29 +189,6 @@ class UnifiedSafetensorsLoader:
             # A private map is writable, as torch wants its buffers, without touching the file.
             self._maps[path] = mmap.mmap(self._descriptor(path), 0, access=mmap.ACCESS_COPY)
         return self._maps[path]
-
-
-def _header(path: Path) -> SafetensorsHeader:
-    return read_pickled_header(path) if path.suffix in PICKLED else read_header(path)
-
-
-def weight_files_of(path: Path) -> list[Path]:
-    """Return the weight files of a checkpoint, a file or a directory: safetensors, or else what torch.save wrote.
-
-    Raises:
-        ValidationError: there are none.
-    """
-    kind = kind_of(path)
-    if kind is None:
-        raise ValidationError(f"{path} does not exist")
-    if kind == "file":
-        return [path]
-    files = checkpoint_files(path) or checkpoint_files(path, ".bin")
-    if not files:
-        raise ValidationError(
-            f"{path} has no .safetensors or .bin files", hint="give the directory that holds the weights"
-        )
-    return [file for file in files if file.name not in TRAINING_FILES]
 
 
 def _torch_shape(entry: TensorEntry) -> tuple[int, ...]:

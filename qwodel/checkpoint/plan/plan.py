@@ -9,10 +9,10 @@ from pathlib import Path
 
 from qwodel.checkpoint.families.model_family import ModelFamily
 from qwodel.checkpoint.files.output_tensor import OutputTensor
-from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader, weight_files_of
 from qwodel.checkpoint.files.writer import FilePlan
 from qwodel.checkpoint.layouts.layout import Layout
 from qwodel.checkpoint.plan.recipe import Recipe
+from qwodel.checkpoint.source.checkpoint import Checkpoint
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.display import shown
 
@@ -24,9 +24,8 @@ class Plan:
     """A whole conversion, ready to be carried out or printed.
 
     Attributes:
-        source: the checkpoint.
+        checkpoint: the source.
         tensors: one entry a weight, in the source's order, dropped ones included.
-        dropped: stored tensors that are no weights, and why they are left behind.
         files: the safetensors files to write.
         documents: other files to write, by name.
         side_files: files to copy, by their path relative to the source directory.
@@ -35,17 +34,26 @@ class Plan:
         warnings: what the user should know, in sentences.
     """
 
-    source: Path
+    checkpoint: Checkpoint
     recipe: Recipe
     layout: Layout
     tensors: tuple[TensorPlan, ...]
-    dropped: Mapping[str, str]
     files: tuple[FilePlan, ...]
     documents: Mapping[str, bytes]
     side_files: Mapping[str, Path]
     constants: tuple[OutputTensor, ...]
     family: ModelFamily
     warnings: tuple[str, ...]
+
+    @property
+    def source(self) -> Path:
+        """The source's file or directory."""
+        return self.checkpoint.path
+
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Stored tensors that are no weights, and why they are left behind."""
+        return self.checkpoint.sources.dropped
 
     @property
     def weight_bytes(self) -> int:
@@ -61,13 +69,13 @@ class Plan:
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The source's files that hold weights."""
-        return tuple(weight_files_of(self.source))
+        return self.checkpoint.headers.files
 
     @property
     def source_bytes(self) -> int:
         """Bytes of the source tensors that will be read."""
-        with UnifiedSafetensorsLoader(self.source) as reader:
-            return sum(reader.entry(part).nbytes for each in self.tensors for part in each.source.stored)
+        places = self.checkpoint.headers.places()
+        return sum(places[part][1].nbytes for each in self.tensors for part in each.source.stored)
 
     def counts(self) -> dict[str, int]:
         """Return how many tensors become what."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from qwodel.checkpoint.families.model_family import ModelFamily, detect_family
 from qwodel.checkpoint.files.model_directory import ModelDirectory
 from qwodel.checkpoint.files.output_tensor import OutputTensor, Role
-from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.files.writer import FilePlan, pack_files
 from qwodel.checkpoint.formats.cast import cast_to
 from qwodel.checkpoint.layouts.layout import Layout
@@ -18,9 +17,9 @@ from qwodel.checkpoint.lora.merge import LoraTerm, plan_merges
 from qwodel.checkpoint.plan.decisions import Decider, Decision, conv1d_weights
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.plan.recipe import Recipe
-from qwodel.checkpoint.source.dequantize_sources import resolve_sources
+from qwodel.checkpoint.source.checkpoint import Checkpoint
 from qwodel.checkpoint.source.nonfinite import nonfinite_weights
-from qwodel.checkpoint.source.source_tensor import Sources, SourceTensor
+from qwodel.checkpoint.source.source_tensor import SourceTensor
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.exceptions import ConfigurationError, ValidationError
 from qwodel.untrusted import checked_path
@@ -30,11 +29,14 @@ __all__ = ["build_plan"]
 log = logging.getLogger(__name__)
 
 
-def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
+def build_plan(source: Path | Checkpoint, recipe: Recipe, layout: Layout) -> Plan:
     """Decide what happens to every tensor of ``source``.
 
     Only headers are read, besides scalar marks and, with ``nonfinite="keep"``,
     the weights themselves.
+
+    Args:
+        source: a file or directory, or what has been learnt of it already.
 
     Raises:
         ValidationError: the source is no checkpoint, or is quantized in a way not
@@ -42,60 +44,56 @@ def build_plan(source: Path, recipe: Recipe, layout: Layout) -> Plan:
         ConfigurationError: the layout cannot express the format.
         IntegrityError: a file is damaged.
     """
-    source = checked_path(source)
-    directory = ModelDirectory.of(source)
-    if layout.needs_config and directory.config is None:
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.of(checked_path(source))
+    if layout.needs_config and checkpoint.directory.config is None:
         raise ConfigurationError(
-            f"{source} has no config.json, which the {layout.name} layout describes the quantization in",
+            f"{checkpoint.path} has no config.json, which the {layout.name} layout describes the quantization in",
             hint="use the comfyui layout, or give the model's directory",
         )
-    with UnifiedSafetensorsLoader(source, low_memory=True) as reader:
-        sources = resolve_sources(reader, directory.config)
+    weights = checkpoint.sources.tensors
+    family = detect_family(each.name for each in weights)
+    filters = family.filters if recipe.filters is None else recipe.filters
+    decider = Decider(recipe, filters, conv1d=conv1d_weights(weights), layout=layout)
+    decisions = {each.name: decider.decide(each) for each in weights}
+    with checkpoint.open() as reader:
         metadata = reader.metadata()
-        family = detect_family(each.name for each in sources.tensors)
-        filters = family.filters if recipe.filters is None else recipe.filters
-        decider = Decider(recipe, filters, conv1d=conv1d_weights(sources.tensors), layout=layout)
-        decisions = {each.name: decider.decide(each) for each in sources.tensors}
         if recipe.nonfinite == "keep":
-            candidates = [each for each in sources.tensors if decisions[each.name].format]
+            candidates = [each for each in weights if decisions[each.name].format]
             decider.nonfinite = nonfinite_weights(reader, candidates)
             decisions |= {name: decider.decide(each) for each in candidates if (name := each.name)}
-    return _assemble(source, recipe, layout, directory, sources, metadata, family, decisions)
+    return _assemble(checkpoint, recipe, layout, metadata, family, decisions)
 
 
 def _assemble(
-    source: Path,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     layout: Layout,
-    directory: ModelDirectory,
-    sources: Sources,
     metadata: dict[str, str],
     family: ModelFamily,
     decisions: Mapping[str, Decision],
 ) -> Plan:
-    shapes = {each.name: each.shape for each in sources.tensors if each.is_float}
+    weights = checkpoint.sources.tensors
+    shapes = {each.name: each.shape for each in weights if each.is_float}
     merges, unmatched = plan_merges(
         recipe.loras, shapes, dampen=recipe.dampen_loras, allow_unmatched=recipe.allow_unmatched_loras
     )
     tensors = tuple(
-        _tensor_plan(each, decisions[each.name], layout, merges.get(each.name, ()))
-        for each in sources.tensors
+        _tensor_plan(each, decisions[each.name], layout, merges.get(each.name, ())) for each in weights
     )
     if recipe.format.quantizes:
-        _check_quantizes(source, tensors)
+        _check_quantizes(checkpoint.path, tensors)
     constants = layout.extra_tensors(tensors)
     groups = [*(each.outputs for each in tensors if each.outputs), constants]
     _check_names(groups)
     limit = None if layout.single_file else recipe.max_shard_size
     files = pack_files(groups, layout.metadata(tensors, metadata), limit)
-    documents, side_files = _beside(layout, directory, tensors, files)
+    documents, side_files = _beside(layout, checkpoint.directory, tensors, files)
     warnings = _warnings(recipe, layout, tensors, unmatched)
     return Plan(
-        source,
+        checkpoint,
         recipe,
         layout,
         tensors,
-        sources.dropped,
         files,
         documents,
         side_files,

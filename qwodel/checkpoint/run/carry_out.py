@@ -13,7 +13,12 @@ from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.run.convert import convert_checkpoint
 from qwodel.checkpoint.run.device_executor import executor_for, make_executor
+<<<<<<< HEAD
 from qwodel.checkpoint.run.verify import verify
+=======
+from qwodel.checkpoint.run.verify import LayerQuality, read_output, verify
+from qwodel.checkpoint.source.checkpoint import Checkpoint
+>>>>>>> part5
 from qwodel.checkpoint.tensors import Action
 from qwodel.devices import StreamingOptions
 from qwodel.output import require_space
@@ -30,13 +35,19 @@ class CarriedOut:
     """What a run has written and measured.
 
     Attributes:
+        output: what was written, as its files say.
         quality: of every quantized layer, in the source's order, measured on the files.
         rounding: layer → how a data-aware method found its codes.
         fell_back: layers that were worked on again on the CPU, as the device's memory ran out.
     """
 
     plan: Plan
+<<<<<<< HEAD
     quality: tuple[TensorQuality, ...]
+=======
+    output: Checkpoint
+    quality: tuple[LayerQuality, ...]
+>>>>>>> part5
     rounding: Mapping[str, RoundingReport]
     fell_back: tuple[str, ...]
 
@@ -120,6 +131,7 @@ def carry_out(
     executor = executor_for(device or torch.device("cpu"), workers, streaming)
     conversion = convert_checkpoint(plan, destination, executor=executor, progress=progress)
     written()
-    quality = verify(conversion, executor=make_executor(workers), progress=progress)
+    output = read_output(plan, destination)
+    quality = verify(conversion, written=output, executor=make_executor(workers), progress=progress)
     reports = {**(rounding or {}), **conversion.reports}
-    return CarriedOut(plan, quality, reports, tuple(conversion.fell_back))
+    return CarriedOut(plan, output, quality, reports, tuple(conversion.fell_back))

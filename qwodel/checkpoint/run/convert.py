@@ -74,7 +74,7 @@ def convert_checkpoint(
     progress.stage("quantize", f"{len(work)} tensors")
     # Largest first: then no worker ends alone with the largest.
     work.sort(key=lambda each: -each.output_bytes)
-    factory = WorkerFactory(plan.source, plan.files, paths)
+    factory = WorkerFactory(plan.checkpoint.headers, plan.files, paths)
     done, errors, finished, fell_back = 0, {}, set(), []
     reports: dict[str, RoundingReport] = {}
     disk = _Disk(plan, paths)

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 
 from qwodel.algorithms.determinism import compute_threads
+from qwodel.checkpoint.files.headers import CheckpointHeaders
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.files.slabs import CACHED_ELEMENTS, SLAB_ELEMENTS
 from qwodel.checkpoint.files.writer import FilePlan, PlannedWriter
@@ -51,7 +52,7 @@ class TensorResult:
 class WorkerFactory:
     """Opens a :class:`TensorWorker`; travels to worker processes."""
 
-    source: Path
+    source: CheckpointHeaders
     files: tuple[FilePlan, ...]
     paths: Mapping[str, Path]
 

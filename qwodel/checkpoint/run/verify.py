@@ -7,7 +7,6 @@ and shapes) decides how it is decoded, not the plan that wrote it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +15,24 @@ from typing import Any, Self
 import torch
 
 from qwodel.checkpoint.files.dtypes import torch_dtype
+from qwodel.checkpoint.files.headers import CheckpointHeaders
 from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
 from qwodel.checkpoint.files.slabs import row_slabs
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.run.convert import Conversion
 from qwodel.checkpoint.run.executor import Executor, SerialExecutor
 from qwodel.checkpoint.run.tensor_work import weight_rows
-from qwodel.checkpoint.source.dequantize_sources import resolve_sources
+from qwodel.checkpoint.source.checkpoint import Checkpoint
 from qwodel.checkpoint.tensors import Action, TensorPlan
 from qwodel.exceptions import IntegrityError
-from qwodel.model_config import read_config
 from qwodel.progress import Progress
 from qwodel.report import TensorQuality, decibels
 
+<<<<<<< HEAD
 __all__ = ["verify"]
+=======
+__all__ = ["LayerQuality", "read_output", "verify"]
+>>>>>>> part5
 
 _COMPARE_BYTES = 8 << 20
 _MEASURE_ELEMENTS = 1 << 17  # a slab's temporaries stay in a core's cache
@@ -52,9 +55,21 @@ class _Checked:
 
 
 def verify(
+<<<<<<< HEAD
     conversion: Conversion, *, executor: Executor | None = None, progress: Progress | None = None
 ) -> tuple[TensorQuality, ...]:
+=======
+    conversion: Conversion,
+    *,
+    written: Checkpoint | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> tuple[LayerQuality, ...]:
+>>>>>>> part5
     """Read a conversion back and measure every quantized layer; copies must be equal byte for byte.
+
+    Args:
+        written: the output as :func:`read_output` found it; it is looked through here if not given.
 
     Returns:
         The quality of every quantized layer, in the source's order.
@@ -67,9 +82,9 @@ def verify(
     plan = conversion.plan
     checks = [_Check(each, conversion.squared_errors.get(each.name)) for each in plan.tensors if each.outputs]
     progress.stage("verify", f"{len(checks)} tensors")
-    _check_files(plan, conversion.destination)
+    written = written or read_output(plan, conversion.destination)
     done, total, measured = 0, plan.source_bytes, {}
-    factory = _VerifierFactory(plan.source, conversion.destination)
+    factory = _VerifierFactory(plan.checkpoint.headers, written)
     with closing((executor or SerialExecutor()).run(factory, checks)) as results:
         for result in results:
             done += result.source_bytes
@@ -79,14 +94,19 @@ def verify(
     return tuple(measured[each.name] for each in plan.tensors if each.name in measured)
 
 
-def _check_files(plan: Plan, destination: Path) -> None:
-    """The output must hold the planned tensors, no others, with their dtypes and shapes."""
+def read_output(plan: Plan, destination: Path) -> Checkpoint:
+    """What the files of an output say, which must be the planned tensors, no others, with their dtypes and shapes.
+
+    Raises:
+        IntegrityError: they say something else, or hold other payloads or documents than planned.
+    """
     planned = {
         tensor.name: (tensor.dtype, tensor.shape)
         for group in (*(each.outputs for each in plan.tensors), plan.constants)
         for tensor in group
     }
-    with UnifiedSafetensorsLoader(destination, low_memory=True) as reader:
+    headers = CheckpointHeaders.read(destination)
+    with UnifiedSafetensorsLoader(headers, low_memory=True) as reader:
         found = {name: (entry.dtype, entry.shape) for name, entry in reader.entries.items()}
         for tensor in (
             tensor for each in plan.tensors for tensor in each.outputs if tensor.payload is not None
@@ -99,12 +119,13 @@ def _check_files(plan: Plan, destination: Path) -> None:
     for name, text in plan.documents.items():
         if (destination / name).read_bytes() != text:
             raise IntegrityError(f"{destination / name} is not what was written")
+    return Checkpoint.alone(headers)
 
 
 @dataclass(frozen=True, slots=True)
 class _VerifierFactory:
-    source: Path
-    destination: Path
+    source: CheckpointHeaders
+    written: Checkpoint
 
     def __call__(self) -> _Verifier:
         return _Verifier(self)
@@ -115,8 +136,8 @@ class _Verifier:
 
     def __init__(self, factory: _VerifierFactory) -> None:
         self._source = UnifiedSafetensorsLoader(factory.source, low_memory=True)
-        self._output = UnifiedSafetensorsLoader(factory.destination, low_memory=True)
-        self._decoded = {each.name: each for each in resolve_sources(self._output, _config(factory)).tensors}
+        self._output = factory.written.open()
+        self._decoded = {each.name: each for each in factory.written.sources.tensors}
 
     def __enter__(self) -> Self:
         return self
@@ -198,10 +219,6 @@ class _Verifier:
                 self._source.read_bytes(source, start, stop), self._output.read_bytes(target, start, stop)
             ):
                 raise IntegrityError(f"{target!r} differs from its source")
-
-
-def _config(factory: _VerifierFactory) -> Mapping[str, Any]:
-    return read_config(factory.destination) if factory.destination.is_dir() else {}
 
 
 def _check_bound(

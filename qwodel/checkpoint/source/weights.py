@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 
-from qwodel.checkpoint.files.reader import UnifiedSafetensorsLoader
-from qwodel.checkpoint.source.dequantize_sources import resolve_sources
-from qwodel.model_config import read_config
-from qwodel.untrusted import checked_path, kind_of
+from qwodel.checkpoint.source.checkpoint import Checkpoint
+from qwodel.untrusted import checked_path
 
 __all__ = ["read_weights"]
 
@@ -27,10 +25,9 @@ def read_weights(path: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
         ValidationError: the path is no checkpoint, or is quantized in a way not understood.
         IntegrityError: a file is damaged.
     """
-    path = checked_path(path)
-    described = read_config(path) if kind_of(path) == "directory" else {}
-    with UnifiedSafetensorsLoader(path, low_memory=True) as reader:
-        for source in resolve_sources(reader, described).tensors:
+    checkpoint = Checkpoint.alone(checked_path(path))
+    with checkpoint.open() as reader:
+        for source in checkpoint.sources.tensors:
             if source.shape and source.decoder is not None:
                 yield source.name, source.row_decoder.rows(reader, 0, source.shape[0])
             else:

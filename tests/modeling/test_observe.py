@@ -6,7 +6,11 @@ from torch import nn
 
 from qwodel.algorithms.gram import GramAccumulator
 from qwodel.exceptions import ValidationError
-from qwodel.modeling.recorder import InputRecorder, is_fused_experts, is_linear
+from qwodel.modeling.observe.gram import GramSums
+from qwodel.modeling.observe.layers import is_fused_experts, is_linear
+from qwodel.modeling.observe.peaks import GreatestValues, TokenSamples
+from qwodel.modeling.observe.rows import RowSampler, RowSamples
+from qwodel.modeling.observe.watcher import Watcher
 
 from .tiny_models import ARCHITECTURES, batches, make
 
@@ -16,11 +20,12 @@ def layers_of(model):
 
 
 def record(model, data):
-    with InputRecorder(layers_of(model)) as recorder, torch.no_grad():
+    sums = GramSums()
+    with Watcher(layers_of(model), sums, experts_apart=True) as watcher, torch.no_grad():
         for batch in data:
             model(**batch)
-            recorder.end_pass()
-    return recorder
+            watcher.batch()
+    return sums
 
 
 def plain_inputs(model, data):
@@ -103,13 +108,14 @@ def test_a_layer_that_stops_sharing_goes_on_alone():
             return self.a(x), self.b(x + 1 if apart else x)
 
     model, x = Two(), torch.randn(5, 3, dtype=torch.float64)
-    with InputRecorder({"a": model.a, "b": model.b}) as recorder, torch.no_grad():
+    sums = GramSums()
+    with Watcher({"a": model.a, "b": model.b}, sums) as watcher, torch.no_grad():
         model(x.float(), False)
-        recorder.end_pass()
-        assert len(recorder.groups()) == 1
+        watcher.batch()
+        assert len(sums.groups()) == 1
         with torch.no_grad():
             model.b(x.float() + 1)
-    a, b = recorder.groups()
+    a, b = sums.groups()
     assert a.layers == [("a.weight", None)]
     assert torch.allclose(a.sums.result().mean.double(), x.mean(dim=0), atol=1e-6)
     assert torch.allclose(b.sums.result().mean.double(), x.mean(dim=0) + 0.5, atol=1e-6)
@@ -118,18 +124,19 @@ def test_a_layer_that_stops_sharing_goes_on_alone():
 def test_an_input_changed_in_place_is_another_input():
     a, b = nn.Linear(3, 2), nn.Linear(3, 2)
     x = torch.ones(4, 3)
-    with InputRecorder({"a": a, "b": b}) as recorder, torch.no_grad():
+    sums = GramSums()
+    with Watcher({"a": a, "b": b}, sums), torch.no_grad():
         a(x)
         x.mul_(5)
         b(x)
-    means = [float(group.sums.result().mean[0]) for group in recorder.groups()]
+    means = [float(group.sums.result().mean[0]) for group in sums.groups()]
     assert means == [1.0, 5.0]
 
 
 def test_inputs_that_are_not_finite_name_the_layer():
     layer = nn.Linear(3, 2)
     with (
-        InputRecorder({"block.fc": layer}),
+        Watcher({"block.fc": layer}, GramSums()),
         pytest.raises(ValidationError, match=r"block\.fc\.weight: .*NaN or Inf"),
     ):
         layer(torch.tensor([[1.0, float("nan"), 0.0]]))
@@ -172,11 +179,64 @@ def test_no_token_counts_for_more_than_the_median_one():
     layer = torch.nn.Linear(6, 3)
     inputs = torch.randn(2, 5, 6)
     inputs[0, 0] *= 1000
-    with InputRecorder({"layer": layer}, even=True) as recorder, torch.no_grad():
+    sums = GramSums(even=True)
+    with Watcher({"layer": layer}, sums) as watcher, torch.no_grad():
         layer(inputs)
-        recorder.end_pass()
-    (group,) = recorder.groups()
+        watcher.batch()
+    (group,) = sums.groups()
     rows = inputs.reshape(-1, 6).double()
     lengths = rows.norm(dim=1, keepdim=True)
     rows = rows * (lengths.median() / lengths).clamp(max=1)
     assert torch.allclose(group.sums.result().gram.double(), rows.T @ rows / 10, rtol=1e-5)
+
+
+class Named(nn.Module):
+    """Two layers that read the same tensor, the second by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.b(input=x)
+
+
+def test_one_watcher_hands_the_same_inputs_to_all_sinks() -> None:
+    model, x = Named(), torch.randn(2, 5, 3)
+    sums, peaks, samples = GramSums(), GreatestValues(names={"b": ("b", "b.too")}), TokenSamples(4)
+    sampler = RowSampler("a", 1, 10)
+    rows = RowSamples({"a": sampler, "b": RowSampler("b", 1, 10)}, lambda _, inputs: inputs.flatten(0, -2))
+    with Watcher({"a": model.a, "b": model.b}, sums, peaks, samples, rows), torch.no_grad():
+        model(x)
+    model(torch.full((1, 1, 3), 99.0))  # nobody watches any more
+    flat = x.flatten(0, 1)
+    (group,) = sums.groups()
+    assert group.sums.count == 10
+    assert set(peaks.peaks) == {"a", "b", "b.too"}
+    assert all(torch.equal(each, flat.abs().amax(dim=0)) for each in peaks.peaks.values())
+    found = samples.result()
+    assert found["a"] is found["b"]
+    assert torch.equal(found["a"], flat[[0, 3, 6, 9]])
+    assert torch.equal(rows.result()["b"].low, flat.amin(dim=0))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_padding_does_not_count_where_a_sink_heeds_the_mask(flat: bool) -> None:
+    layer, x = nn.Linear(3, 2), torch.rand(2, 4, 3)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    x[mask == 0] = 50
+    peaks, samples = GreatestValues(), TokenSamples(100)
+    with Watcher({"layer": layer}, peaks, samples) as watcher, torch.no_grad():
+        watcher.batch(mask)
+        layer(x.flatten(0, 1) if flat else x)
+    assert torch.equal(peaks.peaks["layer"], x[mask != 0].amax(dim=0))
+    assert torch.equal(samples.result()["layer"], x[mask != 0])
+
+
+def test_what_is_no_tensor_names_the_layer() -> None:
+    layer = nn.Linear(3, 2)
+    with (
+        Watcher({"fc": layer}, GreatestValues()),
+        pytest.raises(ValidationError, match="fc is called with a list"),
+    ):
+        layer([1.0])

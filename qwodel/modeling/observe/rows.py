@@ -1,18 +1,17 @@
-"""What a layer reads: a bounded sample of its rows, and how far each channel reaches over all of them."""
+"""A bounded sample of the rows a layer reads, and how far each channel reaches over all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from qwodel.exceptions import CalibrationError
+from qwodel.modeling.observe.watcher import Reading
 
-__all__ = ["SEARCH_ROWS", "LayerInputs", "RowSampler", "thinned"]
-
-SEARCH_ROWS = 512
-"""How many rows the candidates of a search are compared on."""
+__all__ = ["LayerInputs", "RowSampler", "RowSamples", "thinned"]
 
 _HELD_OUT = 4  # every fourth batch
 
@@ -94,6 +93,30 @@ class RowSampler:
             raise CalibrationError(f"no calibration data reached {self._name}")
         fit, held = _divide(self._kept)
         return LayerInputs(fit, held, self._low, self._high, self._count)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSamples:
+    """A sink of samplers.
+
+    Attributes:
+        samplers: layer → what samples its rows.
+        rows_of: the rows ``[T, N]`` of a layer's input, whatever its shape.
+    """
+
+    samplers: Mapping[str, RowSampler]
+    rows_of: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+    def take(self, reading: Reading) -> None:
+        """See :meth:`RowSampler.add`."""
+        self.samplers[reading.layer].add(self.rows_of(reading.module, reading.inputs))
+
+    def forget(self) -> None:
+        """Nothing: rows are copies."""
+
+    def result(self) -> dict[str, LayerInputs]:
+        """See :meth:`RowSampler.result`."""
+        return {name: sampler.result() for name, sampler in self.samplers.items()}
 
 
 def thinned(rows: torch.Tensor, limit: int) -> torch.Tensor:
