@@ -125,15 +125,10 @@ def inspect_source(
     if kind in _PROGRAMS:
         content = _describe_program()
     else:
-<<<<<<< HEAD
         content = (
-            _describe_gguf(files) if kind == "gguf" else _describe_tensors(denoiser or path, files, config)
-=======
-        facts = (
             _describe_gguf(files)
             if kind == "gguf"
             else _describe_tensors(denoiser or path, files, config, parsed)
->>>>>>> part5
         )
     resolved = path.resolve()
     return ModelSource(
@@ -145,7 +140,7 @@ def inspect_source(
         config=config,
         weight_bytes=sum(file.stat().st_size for file in files),
         revision=revision,
-<<<<<<< HEAD
+        parsed=parsed,
         **content,
     )
 
@@ -160,17 +155,9 @@ class _Content(TypedDict):
     tied_embeddings: bool | None
 
 
-def _describe_tensors(folder: Path, files: list[Path], config: Mapping[str, Any]) -> _Content:
-=======
-        parsed=parsed,
-        **facts,
-    )
-
-
 def _describe_tensors(
     folder: Path, files: list[Path], config: Mapping[str, Any], parsed: ParsedFiles
-) -> dict[str, Any]:
->>>>>>> part5
+) -> _Content:
     tensors: dict[str, TensorInfo] = {}
     held: dict[str, Path] = {}
     shared: set[tuple[str, str]] = set()

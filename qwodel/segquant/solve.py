@@ -10,14 +10,8 @@ import torch
 from qwodel.algorithms.smoothing import smoothing_scales
 from qwodel.modeling.observe.rows import LayerInputs, thinned
 from qwodel.modules.segment_linear import SegmentProduct
-<<<<<<< HEAD
-from qwodel.segquant.input_scales import input_rounding
-from qwodel.segquant.observe import SEARCH_ROWS, LayerInputs, thinned
-from qwodel.segquant.rounding import round_segments
-=======
 from qwodel.segquant.input_scales import SEARCH_ROWS, input_rounding
-from qwodel.segquant.rounding import round_weight
->>>>>>> part5
+from qwodel.segquant.rounding import round_segments
 from qwodel.segquant.seams import WeightCut
 from qwodel.segquant.settings import Calibrate, LayerSettings, Optimum, Polarity
 from qwodel.segquant.smoothed_weight import Factors, SmoothedWeight, low_rank_branch

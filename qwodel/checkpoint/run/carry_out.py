@@ -13,12 +13,8 @@ from qwodel.algorithms.data_aware import RoundingReport
 from qwodel.checkpoint.plan.plan import Plan
 from qwodel.checkpoint.run.convert import convert_checkpoint
 from qwodel.checkpoint.run.device_executor import executor_for, make_executor
-<<<<<<< HEAD
-from qwodel.checkpoint.run.verify import verify
-=======
-from qwodel.checkpoint.run.verify import LayerQuality, read_output, verify
+from qwodel.checkpoint.run.verify import read_output, verify
 from qwodel.checkpoint.source.checkpoint import Checkpoint
->>>>>>> part5
 from qwodel.checkpoint.tensors import Action
 from qwodel.devices import StreamingOptions
 from qwodel.output import require_space
@@ -42,12 +38,8 @@ class CarriedOut:
     """
 
     plan: Plan
-<<<<<<< HEAD
-    quality: tuple[TensorQuality, ...]
-=======
     output: Checkpoint
-    quality: tuple[LayerQuality, ...]
->>>>>>> part5
+    quality: tuple[TensorQuality, ...]
     rounding: Mapping[str, RoundingReport]
     fell_back: tuple[str, ...]
 

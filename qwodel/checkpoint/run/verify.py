@@ -10,7 +10,7 @@ import math
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
@@ -28,11 +28,7 @@ from qwodel.exceptions import IntegrityError
 from qwodel.progress import Progress
 from qwodel.report import TensorQuality, decibels
 
-<<<<<<< HEAD
-__all__ = ["verify"]
-=======
-__all__ = ["LayerQuality", "read_output", "verify"]
->>>>>>> part5
+__all__ = ["read_output", "verify"]
 
 _COMPARE_BYTES = 8 << 20
 _MEASURE_ELEMENTS = 1 << 17  # a slab's temporaries stay in a core's cache
@@ -55,17 +51,12 @@ class _Checked:
 
 
 def verify(
-<<<<<<< HEAD
-    conversion: Conversion, *, executor: Executor | None = None, progress: Progress | None = None
-) -> tuple[TensorQuality, ...]:
-=======
     conversion: Conversion,
     *,
     written: Checkpoint | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
-) -> tuple[LayerQuality, ...]:
->>>>>>> part5
+) -> tuple[TensorQuality, ...]:
     """Read a conversion back and measure every quantized layer; copies must be equal byte for byte.
 
     Args:
