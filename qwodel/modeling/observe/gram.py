@@ -78,7 +78,7 @@ class GramSums:
         try:
             self._sum(layer, inputs)
         except ValidationError as error:
-            raise ValidationError(f"{layer[0]}: {error}", hint=error.hint) from error
+            raise error.within(layer[0]) from error
 
     def _sum(self, layer: LayerId, inputs: torch.Tensor) -> None:
         group = self._groups.get(layer)
