@@ -58,7 +58,7 @@ def checked_path(
         raise error(f"the {what} {brief(given)} is no usable path: {cause}") from cause
     except OSError as cause:
         if cause.errno in (errno.ENAMETOOLONG, errno.EINVAL):
-            raise error(f"the {what} {brief(given)} cannot be: {cause.strerror}") from cause
+            raise error(f"the {what} {brief(given)} is no usable path: {cause.strerror}") from cause
         # Whoever opens it says what else is in the way.
     return expanded
 

@@ -14,7 +14,10 @@ granularities = st.one_of(
     st.sampled_from([1, 2, 3, 5, 8, 64]).map(Granularity.group),
     st.sampled_from([1, 2, 3, 5, 8, 64]).map(Granularity.block),
 )
-quant_types = st.sampled_from(list(QUANT_TYPES.values()))
+FREELY_SCALED = [each for each in QUANT_TYPES.values() if not each.power_of_two_scales]
+"""Types whose scales are any fp32 number."""
+
+quant_types = st.sampled_from(FREELY_SCALED)
 
 
 @st.composite

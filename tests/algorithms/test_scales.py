@@ -9,7 +9,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize as ct_qua
 from hypothesis import given, settings
 
 from qwodel.algorithms import tiles
-from qwodel.algorithms.quant_types import FP8_E4M3, INT8, QUANT_TYPES, ROW, TENSOR, Granularity
+from qwodel.algorithms.quant_types import FP8_E4M3, INT8, MXFP8_E4M3, QUANT_TYPES, ROW, TENSOR, Granularity
 from qwodel.algorithms.scales import (
     Quantized,
     absmax_scale,
@@ -20,7 +20,7 @@ from qwodel.algorithms.scales import (
 )
 from qwodel.exceptions import ConfigurationError, ValidationError
 
-from .strategies import granularities, grid_of, quant_types, spread, weights
+from .strategies import FREELY_SCALED, granularities, grid_of, quant_types, spread, weights
 
 GRANULARITIES = [TENSOR, ROW, Granularity.group(64), Granularity.group(100), Granularity.block(64)]
 
@@ -111,7 +111,7 @@ def test_searched_scale_is_never_worse_in_any_group(weight, quant_type, granular
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-@pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=str)
+@pytest.mark.parametrize("quant_type", FREELY_SCALED, ids=str)
 @pytest.mark.parametrize("statistics", ["none", "channels", "gram"])
 def test_search_lowers_its_own_objective(quant_type, granularity, statistics):
     weight, gram = heavy(96, 160), gram_of(160)
@@ -299,7 +299,7 @@ def test_absmax_of_every_16_bit_number(dtype, granularity):
     assert torch.equal(found, absmax_scale(weight.double(), INT8, granularity))
 
 
-@pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=str)
+@pytest.mark.parametrize("quant_type", FREELY_SCALED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_nothing_saturates_by_the_scale_of_absolute_maxima(quant_type, dtype):
     """Peaks whose scale was rounded, and the smallest and largest a dtype has, give the largest code and none beyond."""
@@ -317,3 +317,15 @@ def test_nothing_saturates_by_the_scale_of_absolute_maxima(quant_type, dtype):
     # A scale that would be no normal fp32 is larger than the peak asks for.
     normal = peaks.double() / quant_type.qmax > torch.finfo(torch.float32).tiny
     assert (codes[normal].abs() == quant_type.qmax).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights(least=1), granularities)
+def test_scales_that_are_powers_of_two_are_the_least_that_saturate_nothing(weight, granularity):
+    scale = absmax_scale(weight, MXFP8_E4M3, granularity)
+    free = absmax_scale(weight, FP8_E4M3, granularity)
+    mantissa, _ = torch.frexp(scale)
+    assert (mantissa == 0.5).all()
+    zeros = free == 1.0
+    assert ((scale >= free) & (scale < 2 * free) | zeros).all()
+    assert torch.equal(search_scale(weight, MXFP8_E4M3, granularity), scale)
