@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_token_ids_need_no_tokenizer(stories15m, tmp_path):
     bare = tmp_path / "model"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (bare / name).symlink_to(stories15m / name)
+        shutil.copy(stories15m / name, bare / name)
     ids = [[(7 * n + m) % 3000 + 3 for m in range(64)] for n in range(8)]
     options = {"num_samples": 8, "seq_length": 64, "layout": "comfyui"}
     _, manifest = quantize(bare, tmp_path / "out", "int8_row", calibration_dataset=ids, **options)
