@@ -123,18 +123,20 @@ def test_attributes_of_a_parameter_stay() -> None:
 
 
 def test_weights_are_tied_while_the_user_loads_another_model() -> None:
+    from transformers.initialization import no_tie_weights
+
     model = transformers.LlamaForCausalLM(config_of("llama-tied"))
     model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
     loading, loaded = threading.Event(), threading.Event()
 
     def load() -> None:
-        with transformers.initialization.no_tie_weights():  # what from_pretrained does
+        with no_tie_weights():  # what from_pretrained does
             loading.set()
-            loaded.wait()
+            loaded.wait(60)
 
     thread = threading.Thread(target=load)
     thread.start()
-    loading.wait()
+    assert loading.wait(60)
     threading.Timer(0.1, loaded.set).start()
     tie_weights(model)
     thread.join()
