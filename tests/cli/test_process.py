@@ -32,6 +32,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that learning its rounding takes half a minute on any machine."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    folder.mkdir()
+    torch.manual_seed(0)
+    weights = {f"layers.{n}.proj.weight": torch.randn(2048, 2048).bfloat16() for n in range(8)}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
 def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = ["sh", "-c", line, "sh", *QWODEL, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -90,9 +101,9 @@ def _started(model: Path, out: Path, *before: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("times", [1, 20])
 def test_what_interrupts_leaves_nothing_however_often(
-    model: Path, tmp_path: Path, number: signal.Signals, times: int
+    large: Path, tmp_path: Path, number: signal.Signals, times: int
 ) -> None:
-    process = _started(model, tmp_path / "out")
+    process = _started(large, tmp_path / "out")
     for _ in range(times):
         process.send_signal(number)
         time.sleep(0.02)
@@ -103,8 +114,8 @@ def test_what_interrupts_leaves_nothing_however_often(
     assert not (tmp_path / "out").exists()
 
 
-def test_nohup_is_respected(model: Path, tmp_path: Path) -> None:
-    process = _started(model, tmp_path / "out", "nohup")
+def test_nohup_is_respected(large: Path, tmp_path: Path) -> None:
+    process = _started(large, tmp_path / "out", "nohup")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
