@@ -154,12 +154,21 @@ def test_paths_that_cannot_be_are_errors_with_a_cause(
 def test_a_limit_of_memory_is_a_resource_error(tmp_path: Path) -> None:
     save_file({"layers.0.proj.weight": torch.randn(8192, 8192)}, tmp_path / "big.safetensors")
 
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # A torch with CUDA maps gigabytes before it has done anything.
+    imported = (
+        "import qwodel.backends.int8, qwodel.checkpoint.run.verify; print(open('/proc/self/status').read())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", imported], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    (peak,) = (int(line.split()[1]) << 10 for line in told.splitlines() if line.startswith("VmPeak"))
+    size = peak + 780_000_000
+
     def limit() -> None:
-        size = 1_400_000_000
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
     command = [*QWODEL, "quantize", str(tmp_path / "big.safetensors"), "-b", "int8", "-f", "int8_row"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "out"), "-O", "optimizer=original", "-O", "workers=1", "-O", "num_iter=2"],
         capture_output=True, text=True, check=False, preexec_fn=limit, env=environment,
