@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qwodel.algorithms.converter_options import rounding_options
-from qwodel.algorithms.data_aware import DataAware
+from qwodel.algorithms.data_aware import DataAware, Method
 from qwodel.algorithms.gptq import GptqOptions
 from qwodel.checkpoint.rounding.methods import Learned, Nearest, Rounding, ScaleSearch
 from qwodel.exceptions import ConfigurationError, did_you_mean
@@ -55,9 +55,9 @@ class RoundingMethod:
         return self.alone is None
 
 
-def _columns(name: str, summary: str, method: str, *, follows_errors: bool = False) -> RoundingMethod:
+def _columns(name: str, summary: str, method: Method, *, follows_errors: bool = False) -> RoundingMethod:
     def aware(settings: Settings) -> DataAware:
-        return DataAware(method, GptqOptions(**settings))  # type: ignore[arg-type]
+        return DataAware(method, GptqOptions(**settings))
 
     return RoundingMethod(name, summary, COLUMN_SETTINGS, None, aware, follows_errors)
 
